@@ -1,0 +1,147 @@
+"""The pinned releases and the fixes, as `patches/releases.toml` and `patches/fixes.toml` list them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from sglang_patchset.errors import PatchsetError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class CellState(Enum):
+    """What a release needs of a fix."""
+
+    PATCH = "patch"
+    UPSTREAM = "upstream"
+    NOT_AFFECTED = "not-affected"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the matrix of fixes and releases."""
+
+    state: CellState
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fix:
+    """One fix; `cells` is keyed by version specifiers (PEP 440), of which at most one holds a release."""
+
+    name: str
+    upstream_pr: int
+    title: str
+    symptom: str
+    test: str
+    cells: Mapping[str, Cell]
+
+    def cell(self, version: Version) -> Cell | None:
+        """The fix's state in that release; None for a release that nobody has looked at.
+
+        A development version or a local build is nobody's release, whatever range it falls into.
+        """
+        if version.is_prerelease or version.local:
+            return None
+        return next(
+            (cell for versions, cell in self.cells.items() if version in SpecifierSet(versions)), None
+        )
+
+    def later(self, pinned: Iterable[Version]) -> list[str]:
+        """The version specifiers of the cells that hold none of the pinned releases."""
+        return [versions for versions in self.cells if not any(SpecifierSet(versions).filter(pinned))]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A pinned SGLang release.
+
+    `patchset` is the number of the release's patch set, raised with every change to its series. `wheels`
+    maps the published wheels' file names to their sha256, and `runs_with` the packages that the release
+    pins to their versions.
+    """
+
+    version: Version
+    date: str
+    patchset: int
+    python: tuple[str, ...]
+    runs_with: Mapping[str, str]
+    wheels: Mapping[str, str]
+
+    @property
+    def patched_version(self) -> Version:
+        """The version of a wheel that has the whole series."""
+        return Version(f"{self.version}+patchset.{self.patchset}")
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Both tables; `root` is the directory that holds them and each release's series."""
+
+    root: Path
+    default: Release
+    releases: Mapping[Version, Release]
+    fixes: Mapping[str, Fix]
+
+    def pinned(self) -> str:
+        """The pinned versions as a message names them."""
+        return ", ".join(map(str, self.releases))
+
+    def fix(self, name: str) -> Fix:
+        """The fix of that name.
+
+        Raises:
+            PatchsetError: there is none.
+        """
+        try:
+            return self.fixes[name]
+        except KeyError:
+            raise PatchsetError(f"unknown fix {name}: choose from {', '.join(self.fixes)}") from None
+
+
+def load(root: Path | None = None) -> Catalog:
+    """Read both tables from `root`, by default the patch set that came with this package."""
+    root = root or _patches_dir()
+    table = tomllib.loads((root / "releases.toml").read_text(encoding="utf-8"))
+    releases = {
+        Version(version): Release(
+            version=Version(version),
+            date=entry["date"],
+            patchset=entry["patchset"],
+            python=tuple(entry["python"]),
+            runs_with=entry["runs-with"],
+            wheels=entry["wheels"],
+        )
+        for version, entry in table["releases"].items()
+    }
+    fixes = {
+        name: Fix(
+            name=name,
+            upstream_pr=entry["upstream-pr"],
+            title=entry["title"],
+            symptom=entry["symptom"],
+            test=entry["test"],
+            cells={
+                versions: Cell(CellState(cell["state"]), cell.get("note", ""))
+                for versions, cell in entry["releases"].items()
+            },
+        )
+        for name, entry in tomllib.loads((root / "fixes.toml").read_text(encoding="utf-8")).items()
+    }
+    return Catalog(root, releases[Version(table["default"])], releases, fixes)
+
+
+def _patches_dir() -> Path:
+    """`patches/` lies inside an installed package, and at the top of a checkout that runs in place."""
+    packaged = Path(__file__).parent / "patches"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "patches"
