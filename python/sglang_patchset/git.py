@@ -1,0 +1,78 @@
+"""Every call of git, and the blob ids that git names a file's bytes by."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from sglang_patchset.errors import PatchsetError
+
+# Neither the user's configuration nor a repository around the working directory may change what git does.
+_CONFIG = ("core.autocrlf=false", "core.eol=lf", "core.fileMode=true", "core.fsmonitor=false")
+
+
+def blob_id(data: bytes) -> str:
+    """The id under which git stores these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def apply(patch: Path, tree: Path, *, only: str, reverse: bool = False) -> bool:
+    """Apply a patch's changes to the one file `only` under `tree`, without fuzz.
+
+    Returns:
+        False where the file is not as the patch expects it; it is then left alone.
+
+    Raises:
+        PatchsetError: git is missing, or cannot read the patch.
+    """
+    # -p2: a patch names a file as SGLang's repository does, a/python/sglang/…, and a wheel has sglang/….
+    args = ["apply", "-p2", "--whitespace=nowarn", f"--include={only}"]
+    result = _call(*args, *(["--reverse"] if reverse else []), str(patch), cwd=tree)
+    if result.returncode and "patch does not apply" not in result.stderr:
+        raise PatchsetError(
+            f"{patch}: git cannot read it ({_reason(result.stderr)}): install sglang-patchset again"
+        )
+    return result.returncode == 0
+
+
+def run(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+    """Run git in a repository at `cwd` and return what it printed.
+
+    Raises:
+        PatchsetError: git is missing, or the command failed; the message has git's own first line.
+    """
+    result = _call(*args, cwd=cwd, env=env)
+    if result.returncode:
+        raise PatchsetError(f"git {args[0]} failed in {cwd}: {_reason(result.stderr)}")
+    return result.stdout
+
+
+def _call(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    clean |= {
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CEILING_DIRECTORIES": str(cwd.resolve().parent),
+        "LC_ALL": "C",  # messages are told apart by their text
+    }
+    config = [word for setting in _CONFIG for word in ("-c", setting)]
+    try:
+        return subprocess.run(
+            ["git", *config, *args],
+            cwd=cwd,
+            env=clean | dict(env or {}),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except FileNotFoundError:
+        raise PatchsetError("there is no git on the PATH: install git and run this again") from None
+
+
+def _reason(stderr: str) -> str:
+    lines = stderr.strip().splitlines()
+    return lines[0] if lines else "no message"

@@ -1,0 +1,92 @@
+"""The patch files of a release: `patches/<release>/series` and what it lists."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from sglang_patchset.catalog import Catalog, Release
+from sglang_patchset.errors import PatchsetError
+
+_NAME = re.compile(r"\d{4}-(?P<fix>.+)\.patch")
+_FILE = re.compile(r"^diff --git a/python/(?P<path>\S+) b/python/(?P=path)$")
+_INDEX = re.compile(r"^index (?P<old>[0-9a-f]{40})\.\.(?P<new>[0-9a-f]{40}) 100(644|755)$")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch file. `files` maps each file that it changes to its blob ids before and after.
+
+    The blob ids are those of the whole series up to here. Paths are a wheel's: `sglang/srt/…`.
+    """
+
+    fix: str
+    path: Path
+    sha256: str
+    files: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A release's patches in the order in which they apply."""
+
+    release: Release
+    patches: tuple[Patch, ...]
+
+    @cached_property
+    def files(self) -> Mapping[str, tuple[Patch, ...]]:
+        """Every file that the series changes, with the patches that change it, in order."""
+        files: dict[str, tuple[Patch, ...]] = {}
+        for patch in self.patches:
+            for path in patch.files:
+                files[path] = (*files.get(path, ()), patch)
+        return files
+
+    def patch(self, fix: str) -> Patch:
+        """The patch of a fix that the series has."""
+        return next(patch for patch in self.patches if patch.fix == fix)
+
+    def published_id(self, path: str) -> str:
+        """The blob id of the file as the release has it."""
+        return self.files[path][0].files[path][0]
+
+    def patched_id(self, path: str) -> str:
+        """The blob id of the file with the whole series."""
+        return self.files[path][-1].files[path][1]
+
+
+def load(catalog: Catalog, release: Release) -> Series:
+    """Read a release's series.
+
+    Raises:
+        PatchsetError: a patch file is missing, or is not one that this package could have come with.
+    """
+    directory = catalog.root / str(release.version)
+    names = (directory / "series").read_text(encoding="utf-8").split()
+    return Series(release, tuple(_read(directory / name) for name in names))
+
+
+def _read(path: Path) -> Patch:
+    name = _NAME.fullmatch(path.name)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PatchsetError(f"{path}: {error.strerror}: install sglang-patchset again") from None
+    files: dict[str, tuple[str, str]] = {}
+    changed = None
+    for line in data.decode("utf-8", "replace").splitlines():
+        if line.startswith("diff --git "):
+            match = _FILE.match(line)
+            changed = match["path"] if match else None
+        elif changed and (match := _INDEX.match(line)):
+            files[changed] = (match["old"], match["new"])
+            changed = None
+    if name is None or not files or changed:
+        raise PatchsetError(
+            f"{path}: not a patch of files under python/ with full blob ids: install sglang-patchset again"
+        )
+    return Patch(name["fix"], path, hashlib.sha256(data).hexdigest(), files)
