@@ -1,0 +1,49 @@
+"""RECORD, the list of an installed package's or a wheel's files with their hashes and sizes."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping
+
+# What a file was and what it becomes; None stands for no file.
+Change = tuple["bytes | None", "bytes | None"]
+
+
+def update(record: bytes, changes: Mapping[str, Change]) -> bytes:
+    """RECORD after these changes, every other line as it was.
+
+    A line whose hash is not that of the file's old bytes is somebody else's statement and stays. New files
+    come first: only so is taking them out again the identity, whether or not the last line has an end.
+    """
+    added = {path: new for path, (old, new) in changes.items() if old is None and new is not None}
+    lines = []
+    for line in record.decode("utf-8").splitlines(keepends=True):
+        path = next(csv.reader([line]))[0]
+        old, new = changes.get(path, (None, None))
+        if old is not None and new is None:
+            continue
+        if old is not None and new is not None:
+            line = line.replace(_entry(old), _entry(new))
+        if path not in added:
+            lines.append(line)
+    end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
+    return "".join([f"{path},{_entry(new)}{end}" for path, new in added.items()] + lines).encode("utf-8")
+
+
+def move(record: bytes, old: str, new: str) -> bytes:
+    """RECORD after a directory changed its name; both names end with a slash."""
+    lines = record.decode("utf-8").splitlines(keepends=True)
+    moved = (new + line.removeprefix(old) if line.startswith(old) else line for line in lines)
+    return "".join(moved).encode("utf-8")
+
+
+def lists(record: bytes, path: str) -> bool:
+    """Whether RECORD has a line for this file."""
+    return any(row and row[0] == path for row in csv.reader(record.decode("utf-8").splitlines()))
+
+
+def _entry(data: bytes) -> str:
+    digest = urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+    return f"sha256={digest},{len(data)}"

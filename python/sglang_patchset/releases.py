@@ -1,0 +1,118 @@
+"""The published wheels of the pinned releases: got by the user's own pip, checked before they are opened."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from zipfile import BadZipFile
+
+from packaging.version import InvalidVersion, Version
+from wheel.wheelfile import WheelError, WheelFile
+
+from sglang_patchset.catalog import Catalog, Release
+from sglang_patchset.errors import PatchsetError
+
+
+def obtain(catalog: Catalog, name: str, scratch: Path, find_links: Path | None = None) -> Path:
+    """The published wheel that `name` says: a wheel file as it is, a release's version by way of pip.
+
+    Args:
+        scratch: an empty directory, for what is downloaded.
+        find_links: a directory of wheels to use in place of the package index.
+
+    Raises:
+        PatchsetError: the release is not pinned, pip cannot get it, or the wheel is not the published one.
+    """
+    wheel = Path(name)
+    if wheel.suffix != ".whl":
+        wheel = _download(_release(catalog, name), scratch, find_links)
+    elif not wheel.is_file():
+        raise PatchsetError(f"{wheel}: no such file: name a wheel, or one of {catalog.pinned()}")
+    check(catalog, wheel)
+    return wheel
+
+
+def check(catalog: Catalog, wheel: Path) -> Release:
+    """The release that a wheel file is the published wheel of, by its name and sha256.
+
+    Raises:
+        PatchsetError: it is none of the pinned ones.
+    """
+    for release in catalog.releases.values():
+        if expected := release.wheels.get(wheel.name):
+            found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            if found != expected:
+                raise PatchsetError(
+                    f"{wheel}: its sha256 is {found}, the published wheel's is {expected}: download it again"
+                )
+            return release
+    raise PatchsetError(f"{wheel}: not the wheel of a pinned release ({catalog.pinned()}): get one of those")
+
+
+@contextmanager
+def opened(wheel: Path) -> Iterator[WheelFile]:
+    """Open a wheel whose every member is checked against RECORD as it is read.
+
+    Raises:
+        PatchsetError: it is damaged, or has a member outside of what SGLang's wheels consist of.
+    """
+    try:
+        with WheelFile(wheel) as archive:
+            allowed = {"sglang", "tools", archive.dist_info_path}
+            for name in archive.namelist():
+                parts = PurePosixPath(name).parts
+                if not parts or parts[0] not in allowed or ".." in parts or "\\" in name:
+                    raise PatchsetError(
+                        f"{wheel}: has the member {name}, which is not SGLang's: download it again"
+                    )
+            yield archive
+    except (BadZipFile, WheelError) as error:
+        raise PatchsetError(f"{wheel}: damaged ({error}): download or build it again") from None
+
+
+def _release(catalog: Catalog, name: str) -> Release:
+    try:
+        return catalog.releases[Version(name)]
+    except (InvalidVersion, KeyError):
+        raise PatchsetError(
+            f"{name}: not a pinned release: choose from {catalog.pinned()}, or name a wheel file"
+        ) from None
+
+
+def _download(release: Release, scratch: Path, find_links: Path | None) -> Path:
+    requirement = f"sglang=={release.version}"
+    requirements = scratch / "requirements.txt"
+    # With the hashes in its hands, pip refuses anything but the published wheels before it opens them.
+    hashes = [f"--hash=sha256:{sha256}" for sha256 in release.wheels.values()]
+    requirements.write_text(" ".join([requirement, *hashes]) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(scratch), "--requirement", str(requirements)]
+    if find_links:
+        command += ["--no-index", "--find-links", str(find_links)]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if result.returncode:
+        raise PatchsetError(_reason(release, result.stderr))
+    (wheel,) = scratch.glob("*.whl")
+    return wheel
+
+
+def _reason(release: Release, stderr: str) -> str:
+    """What a failed download means to its user."""
+    requirement = f"sglang=={release.version}"
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return f"{requirement}: what pip found is not the published wheel: check pip's index and find-links"
+    if "No matching distribution found" in stderr:
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return (
+            f"{requirement}: pip finds no wheel for this machine and Python {python} (there are some for "
+            f"{', '.join(release.python)}): check pip's index, or name a wheel file"
+        )
+    errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
+    return (
+        f"{requirement}: pip cannot get it ({errors[-1] if errors else 'no message'}): "
+        f"try `{Path(sys.executable).name} -m pip download --no-deps {requirement}`"
+    )

@@ -1,0 +1,172 @@
+"""What can be patched: an installed SGLang, an editable one, a directory, a wheel file.
+
+Nothing here imports sglang.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from sglang_patchset import record
+from sglang_patchset.errors import PatchsetError
+from sglang_patchset.releases import opened
+
+INSTALLED = "installed"
+_VERSION = re.compile(r"^(?:__version__ = )?version = ['\"](?P<version>[^'\"]+)['\"]", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A directory `sglang` that can be imported, and the version that it claims to be."""
+
+    directory: Path
+    version: Version | None
+
+    def __str__(self) -> str:
+        return str(self.directory)
+
+    def path(self, path: str) -> Path:
+        """Where a file lies, given its path in the wheel."""
+        return self.directory / path.removeprefix("sglang/")
+
+    def read(self, path: str) -> bytes | None:
+        """A file's bytes, given its path in the wheel; None where there is none."""
+        try:
+            return self.path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def record(self) -> Path | None:
+        """The RECORD that lists the package's files; an editable install's lists none of them."""
+        candidates = sorted(self.directory.parent.glob("sglang-*.dist-info/RECORD"))
+        return next(
+            (path for path in candidates if record.lists(path.read_bytes(), "sglang/__init__.py")), None
+        )
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel file. It is never changed: what is made of it lies beside it."""
+
+    file: Path
+    version: Version
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def read(self, path: str) -> bytes | None:
+        """A member's bytes; None where there is none."""
+        with opened(self.file) as wheel:
+            return wheel.read(path) if path in wheel.namelist() else None
+
+
+Target = Package | Wheel
+
+
+def find(name: str) -> Target:
+    """The target that a user names: `installed`, a wheel file or a directory.
+
+    A directory is the package itself, what holds it (site-packages, an unpacked wheel, `python/`), a
+    checkout's root, or the prefix of an environment.
+
+    Raises:
+        PatchsetError: there is no SGLang, or more than one.
+    """
+    if name == INSTALLED:
+        return _installed()
+    path = Path(name).expanduser()
+    if path.suffix == ".whl" and path.is_file():
+        return _wheel(path)
+    if not path.is_dir():
+        raise PatchsetError(
+            f"{name}: neither a fix, nor a directory, nor a wheel file: see `sglang-patchset list`"
+        )
+    packages = {package.directory: package for package in _packages(path.resolve())}
+    if not packages:
+        raise PatchsetError(
+            f"{name}: no SGLang in it: name the package, its site-packages, environment or checkout"
+        )
+    if len(packages) > 1:
+        raise PatchsetError(
+            f"{name}: more than one SGLang in it: name one of {', '.join(map(str, packages))}"
+        )
+    return packages.popitem()[1]
+
+
+def _installed() -> Package:
+    # For a name without dots, find_spec imports nothing.
+    spec = util.find_spec("sglang")
+    if spec is None or spec.origin is None:
+        raise PatchsetError("this interpreter has no sglang: name the environment or directory that has it")
+    return _package(Path(spec.origin).resolve().parent, _first(metadata.distributions(name="sglang")))
+
+
+def _wheel(path: Path) -> Wheel:
+    try:
+        name, version, _, _ = parse_wheel_filename(path.name)
+    except InvalidWheelFilename:
+        raise PatchsetError(
+            f"{path}: not a wheel's file name: give it back the name it was published by"
+        ) from None
+    if name != "sglang":
+        raise PatchsetError(f"{path}: a wheel of {name}: name one of sglang")
+    return Wheel(path, version)
+
+
+def _packages(directory: Path) -> Iterator[Package]:
+    for candidate in (directory, directory / "sglang", directory / "python" / "sglang"):
+        if _is_package(candidate):
+            yield _package(
+                candidate, _first(metadata.distributions(name="sglang", path=[str(candidate.parent)]))
+            )
+            return
+    sites = [
+        directory,
+        *directory.glob("lib/python3*/site-packages"),
+        *directory.glob("lib/python3*/dist-packages"),
+    ]
+    for site in sites:
+        distribution = _first(metadata.distributions(name="sglang", path=[str(site)]))
+        if distribution is None:
+            continue
+        for root in (site, _editable_root(distribution)):
+            if root and _is_package(root / "sglang"):
+                yield _package((root / "sglang").resolve(), distribution)
+                break
+
+
+def _editable_root(distribution: metadata.Distribution) -> Path | None:
+    """Where an editable install's packages lie (PEP 610)."""
+    url = urlsplit(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
+    return Path(unquote(url.path)) if url.scheme == "file" else None
+
+
+def _is_package(directory: Path) -> bool:
+    return (directory / "__init__.py").is_file() and (directory / "srt").is_dir()
+
+
+def _package(directory: Path, distribution: metadata.Distribution | None) -> Package:
+    version_file = directory / "_version.py"
+    match = _VERSION.search(version_file.read_text(encoding="utf-8")) if version_file.is_file() else None
+    claim = match["version"] if match else distribution.version if distribution else None
+    return Package(directory, _parse(claim))
+
+
+def _parse(claim: str | None) -> Version | None:
+    try:
+        return Version(claim) if claim else None
+    except InvalidVersion:
+        return None
+
+
+def _first(distributions: Iterable[metadata.Distribution]) -> metadata.Distribution | None:
+    return next(iter(distributions), None)
