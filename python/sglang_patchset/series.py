@@ -1,0 +1,97 @@
+"""Apply fixes to a package in place, and take them out again: all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+
+from sglang_patchset import receipt, record, status, survey, transaction
+from sglang_patchset.catalog import Catalog
+from sglang_patchset.errors import PatchsetError
+from sglang_patchset.status import FixState, Report
+from sglang_patchset.survey import Presence, Survey
+from sglang_patchset.targets import Package
+
+
+def apply(catalog: Catalog, package: Package, names: Sequence[str]) -> list[str]:
+    """Put fixes into a package: those named, or all that its release lacks.
+
+    Returns:
+        The names of the fixes that were put in; those that it had already are left as they are.
+
+    Raises:
+        PatchsetError: nothing was changed, the message says why.
+    """
+    return _change(catalog, package, names, FixState.VULNERABLE)
+
+
+def revert(catalog: Catalog, package: Package, names: Sequence[str]) -> list[str]:
+    """Take fixes out of a package: those named, or all that are in it. As `apply` otherwise."""
+    return _change(catalog, package, names, FixState.PATCHED)
+
+
+def select(
+    catalog: Catalog, report: Report, names: Sequence[str], state: FixState
+) -> tuple[Survey, list[str]]:
+    """The survey of a pinned release, and the fixes among those named (or all) that are in this state.
+
+    Raises:
+        PatchsetError: an unknown fix, a release that is not pinned, or a fix whose state is unknown.
+    """
+    chosen = [report.fixes[catalog.fix(name).name] for name in names] or list(report.fixes.values())
+    if report.survey is None:
+        found = f"SGLang {report.target.version}" if report.target.version else "no version"
+        raise PatchsetError(
+            f"{report.target}: {found}, not a pinned release ({catalog.pinned()}): "
+            "see `sglang-patchset status`"
+        )
+    if unknown := [f"{each.fix.name}: {each.detail}" for each in chosen if each.state is FixState.UNKNOWN]:
+        raise PatchsetError(
+            f"{report.target}: {'; '.join(unknown)}: put these files back as the release has them, "
+            "or name the other fixes alone"
+        )
+    return report.survey, [each.fix.name for each in chosen if each.state is state]
+
+
+def contents(
+    found: Survey, *, add: Set[str] = frozenset(), remove: Set[str] = frozenset()
+) -> Mapping[str, bytes]:
+    """The new bytes of every file that these fixes touch, by its path in the wheel."""
+    paths = {path for patch in found.series.patches if patch.fix in add | remove for path in patch.files}
+    return {
+        path: survey.rewrite(
+            found.series, path, found.files[path], (found.files[path].applied | add) - remove
+        )
+        for path in sorted(paths)
+    }
+
+
+def _change(catalog: Catalog, package: Package, names: Sequence[str], state: FixState) -> list[str]:
+    with transaction.locked(package.directory):
+        transaction.complete(package.directory)
+        found, fixes = select(catalog, status.examine(catalog, package), names, state)
+        if fixes:
+            transaction.commit(package.directory, _changes(package, found, frozenset(fixes), state))
+    return fixes
+
+
+def _changes(
+    package: Package, found: Survey, fixes: frozenset[str], state: FixState
+) -> dict[Path, bytes | None]:
+    """Every file that changes, the receipt and RECORD included, with its new bytes."""
+    present = frozenset(
+        patch.fix for patch in found.series.patches if found.presence(patch)[0] is Presence.IN
+    )
+    changed: dict[str, bytes | None]
+    if state is FixState.VULNERABLE:
+        changed = {**contents(found, add=fixes), receipt.PATH: receipt.render(found.series, present | fixes)}
+    else:
+        changed = {
+            **contents(found, remove=fixes),
+            receipt.PATH: receipt.render(found.series, present - fixes),
+        }
+    changes = {package.path(path): new for path, new in changed.items()}
+    if path := package.record():
+        lines = {path: (package.read(path), new) for path, new in changed.items()}
+        changes[path] = record.update(path.read_bytes(), lines)
+    return changes

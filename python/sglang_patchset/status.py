@@ -1,0 +1,119 @@
+"""What each fix is to a target: the report that the other verbs act on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from packaging.version import Version
+
+from sglang_patchset import patches, receipt, survey, transaction
+from sglang_patchset.catalog import Catalog, CellState, Fix, Release
+from sglang_patchset.survey import Presence, Survey
+from sglang_patchset.targets import Package, Target
+
+
+class FixState(Enum):
+    """What a fix is to a target."""
+
+    VULNERABLE = "vulnerable"
+    PATCHED = "patched"
+    FIXED_UPSTREAM = "fixed upstream"
+    NOT_AFFECTED = "not affected"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class FixStatus:
+    """One fix's state, with the reason or a remark."""
+
+    fix: Fix
+    state: FixState
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every fix's state in a target, by the fix's name; `survey` is there where it is a pinned release."""
+
+    target: Target
+    survey: Survey | None
+    fixes: Mapping[str, FixStatus]
+
+    @property
+    def release(self) -> Release | None:
+        """The pinned release that the target is."""
+        return self.survey.series.release if self.survey else None
+
+
+_FROM_TABLE = {
+    CellState.UPSTREAM: FixState.FIXED_UPSTREAM,
+    CellState.NOT_AFFECTED: FixState.NOT_AFFECTED,
+}
+_FROM_TREE = {
+    Presence.IN: FixState.PATCHED,
+    Presence.OUT: FixState.VULNERABLE,
+    Presence.UNKNOWN: FixState.UNKNOWN,
+}
+
+
+def examine(catalog: Catalog, target: Target) -> Report:
+    """Find every fix's state. What a tree's bytes can tell is never taken from what it claims to be.
+
+    Raises:
+        PatchsetError: git is needed and missing, or a patch file or a wheel is broken.
+    """
+    found = None
+    if isinstance(target, Package) and transaction.interrupted(target.directory):
+        reason = "another run is at work or was interrupted: apply or revert again"
+        statuses = [FixStatus(fix, FixState.UNKNOWN, reason) for fix in catalog.fixes.values()]
+    elif found := _survey(catalog, target):
+        statuses = [_by_bytes(fix, found, target) for fix in catalog.fixes.values()]
+    else:
+        statuses = [_by_version(fix, target.version) for fix in catalog.fixes.values()]
+    return Report(target, found, {status.fix.name: status for status in statuses})
+
+
+def _survey(catalog: Catalog, target: Target) -> Survey | None:
+    """The survey of the pinned release that the target is."""
+    claimed = catalog.releases.get(_without_patchset(target.version)) if target.version else None
+    taken = survey.take(patches.load(catalog, claimed), target.read) if claimed else None
+    if taken and not any(state.problem for state in taken.files.values()):
+        return taken
+    # A checkout's version may be that of another commit, or of none: its files may still be a release's.
+    others = [
+        patches.load(catalog, release) for release in catalog.releases.values() if release is not claimed
+    ]
+    fitting = [series for series in others if survey.matches(series, target.read)]
+    return survey.take(fitting[0], target.read) if len(fitting) == 1 else taken
+
+
+def _without_patchset(version: Version) -> Version:
+    return Version(version.public) if (version.local or "").startswith("patchset.") else version
+
+
+def _by_bytes(fix: Fix, found: Survey, target: Target) -> FixStatus:
+    cell = fix.cell(found.series.release.version)
+    assert cell is not None, "fixes.toml has a cell for every pinned release"
+    if cell.state is not CellState.PATCH:
+        return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
+    patch = found.series.patch(fix.name)
+    presence, reason = found.presence(patch)
+    if presence is Presence.UNKNOWN:
+        applied = receipt.parse(target.read(receipt.PATH))
+        if applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
+            reason = f"applied by {applied.tool} from another patch: revert it with that version"
+    return FixStatus(fix, _FROM_TREE[presence], reason or cell.note)
+
+
+def _by_version(fix: Fix, version: Version | None) -> FixStatus:
+    if version is None:
+        return FixStatus(fix, FixState.UNKNOWN, "no version, and the files are not those of a pinned release")
+    if cell := fix.cell(version):
+        return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
+    if version.is_prerelease or version.local:
+        reason = f"SGLang {version} is no release, and the files are not those of a pinned one"
+    else:
+        reason = f"SGLang {version} is none of the releases that were looked at: update sglang-patchset"
+    return FixStatus(fix, FixState.UNKNOWN, reason)
