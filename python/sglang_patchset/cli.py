@@ -1,0 +1,213 @@
+"""The command `sglang-patchset`: arguments in, tables out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_patchset import __version__, catalog, releases, series, status, targets, upstream, wheels
+from sglang_patchset.catalog import Catalog
+from sglang_patchset.errors import PatchsetError
+from sglang_patchset.status import FixState, Report
+from sglang_patchset.targets import Package, Target, Wheel
+
+_COLOURS = {
+    FixState.VULNERABLE: "red",
+    FixState.PATCHED: "green",
+    FixState.FIXED_UPSTREAM: "green",
+    FixState.NOT_AFFECTED: "dim",
+    FixState.UNKNOWN: "yellow",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        The exit code: 0; 1 where `status` finds a vulnerable fix; 2 where it cannot tell, or for a refusal.
+    """
+    tables = catalog.load()
+    options = _parser(tables).parse_args(arguments)
+    try:
+        code: int = options.run(tables, options)
+    except PatchsetError as error:
+        print(f"sglang-patchset: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"sglang-patchset: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser(tables: Catalog) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sglang-patchset", description="Bug fixes for pinned SGLang releases."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    target = "`installed` (this interpreter's), a directory, or a wheel file (default: installed)"
+    source = f"one of {tables.pinned()}, or its wheel file"
+    find_links = "take the wheel from this directory, not from pip's index"
+
+    verb = verbs.add_parser("list", help="the matrix of fixes and releases")
+    verb.set_defaults(run=_list)
+
+    verb = verbs.add_parser("status", help="what each fix is to a target; exit code 1 where it is vulnerable")
+    verb.add_argument("target", nargs="?", default=targets.INSTALLED, metavar="TARGET", help=target)
+    verb.add_argument("--json", action="store_true", help="for machines")
+    verb.set_defaults(run=_status)
+
+    for name, run, text in (
+        ("apply", _apply, "put fixes into a target; of a wheel, write the patched one beside it"),
+        ("revert", _revert, "take fixes out of a target; of a patched wheel, write the plain one beside it"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument(
+            "names", nargs="*", metavar="[TARGET] [FIX ...]", help=f"{target}, then fixes (default: all)"
+        )
+        verb.set_defaults(run=run)
+
+    verb = verbs.add_parser("wheel", help="the patched wheel of a release")
+    default = str(tables.default.version)
+    verb.add_argument(
+        "source", nargs="?", default=default, metavar="RELEASE", help=f"{source} (default: {default})"
+    )
+    verb.add_argument("out", nargs="?", type=Path, default=Path("dist"), metavar="OUT", help="default: dist")
+    verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
+    verb.set_defaults(run=_wheel)
+
+    verb = verbs.add_parser("checkout", help="a git repository: a release, and one commit for each fix")
+    verb.add_argument("source", metavar="RELEASE", help=source)
+    verb.add_argument("directory", type=Path, metavar="DIR", help="what becomes the repository; new or empty")
+    verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
+    verb.set_defaults(run=_checkout)
+    return parser
+
+
+def _list(tables: Catalog, _: argparse.Namespace) -> int:
+    rows = []
+    for fix in tables.fixes.values():
+        pinned = [cell.state.value for version in tables.releases if (cell := fix.cell(version))]
+        later = [f"{fix.cells[versions].state.value} {versions}" for versions in fix.later(tables.releases)]
+        rows.append((fix.name, f"#{fix.upstream_pr}", *pinned, ", ".join(later)))
+    _print_table(("fix", "upstream", *map(str, tables.releases), "later"), rows)
+    for fix in tables.fixes.values():
+        for versions, cell in fix.cells.items():
+            if cell.note:
+                print(f"{fix.name} {versions}: {cell.note}")
+    return 0
+
+
+def _status(tables: Catalog, options: argparse.Namespace) -> int:
+    report = status.examine(tables, targets.find(options.target))
+    if options.json:
+        print(json.dumps(_as_json(report), indent=2))
+    else:
+        _print_report(report)
+    states = {each.state for each in report.fixes.values()}
+    if FixState.VULNERABLE in states:
+        return 1
+    return 2 if FixState.UNKNOWN in states else 0
+
+
+def _apply(tables: Catalog, options: argparse.Namespace) -> int:
+    target, names = _target_and_fixes(tables, options.names)
+    if isinstance(target, Wheel):
+        return _print_wheel(tables, wheels.patch(tables, target, target.file.parent))
+    return _print_change(tables, target, "applied", series.apply(tables, target, names))
+
+
+def _revert(tables: Catalog, options: argparse.Namespace) -> int:
+    target, names = _target_and_fixes(tables, options.names)
+    if isinstance(target, Wheel):
+        return _print_wheel(tables, wheels.unpatch(tables, target))
+    return _print_change(tables, target, "took out", series.revert(tables, target, names))
+
+
+def _wheel(tables: Catalog, options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+        published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
+        target = targets.find(str(published))
+        assert isinstance(target, Wheel)
+        return _print_wheel(tables, wheels.patch(tables, target, options.out))
+
+
+def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+        published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
+        upstream.checkout(tables, published, options.directory)
+    print(f"{options.directory}: `git log -p` there shows the fixes")
+    return 0
+
+
+def _target_and_fixes(tables: Catalog, names: list[str]) -> tuple[Target, list[str]]:
+    """A first argument that is no fix names the target."""
+    if names and names[0] not in tables.fixes:
+        target, fixes = targets.find(names[0]), names[1:]
+    else:
+        target, fixes = targets.find(targets.INSTALLED), names
+    if isinstance(target, Wheel) and fixes:
+        raise PatchsetError(
+            f"{target}: a patched wheel has the whole series: install it and revert fixes there"
+        )
+    return target, fixes
+
+
+def _as_json(report: Report) -> dict[str, object]:
+    return {
+        "target": str(report.target),
+        "version": str(report.target.version) if report.target.version else None,
+        "release": str(report.release.version) if report.release else None,
+        "fixes": [
+            {
+                "name": each.fix.name,
+                "upstream_pr": each.fix.upstream_pr,
+                "state": each.state.value,
+                "detail": each.detail,
+            }
+            for each in report.fixes.values()
+        ],
+    }
+
+
+def _print_change(tables: Catalog, package: Package, done: str, fixes: list[str]) -> int:
+    _print_report(status.examine(tables, package))
+    if fixes:
+        print(f"{done} {', '.join(fixes)}: restart the servers that run from {package}")
+    else:
+        print("nothing to do")
+    return 0
+
+
+def _print_wheel(tables: Catalog, wheel: Path) -> int:
+    _print_report(status.examine(tables, targets.find(str(wheel))))
+    print(wheel)
+    return 0
+
+
+def _print_report(report: Report) -> None:
+    print(f"SGLang {report.target.version or '(no version)'} in {report.target}")
+    _print_table(
+        ("fix", "upstream", "state", ""),
+        [
+            (each.fix.name, f"#{each.fix.upstream_pr}", (each.state.value, _COLOURS[each.state]), each.detail)
+            for each in report.fixes.values()
+        ],
+    )
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> None:
+    # Not at the top: --json has no use for it, and it takes a while to import.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(Text.assemble(cell) for cell in row))
+    # What is read by another program is not folded to the width of a terminal.
+    Console(width=None if sys.stdout.isatty() else 240).print(table)

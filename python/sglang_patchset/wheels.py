@@ -1,0 +1,143 @@
+"""A patched wheel from a published one, and the published one back from it.
+
+Members keep their order, times, modes and bytes, except for the files that the fixes touch, the receipt,
+and what names the version: METADATA, `_version.py`, RECORD, the names of the wheel and of its dist-info.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from zipfile import ZipFile, ZipInfo
+
+from packaging.version import Version
+from wheel.wheelfile import WheelFile
+
+from sglang_patchset import receipt, record, releases, series, status
+from sglang_patchset.catalog import Catalog
+from sglang_patchset.errors import PatchsetError
+from sglang_patchset.status import FixState
+from sglang_patchset.targets import Wheel
+
+_VERSION_FILE = "sglang/_version.py"
+
+
+def patch(catalog: Catalog, wheel: Wheel, out: Path) -> Path:
+    """Write the wheel that has the whole series into the directory `out`; it is the same bytes every time.
+
+    Returns:
+        The patched wheel; `wheel` itself where it is patched already.
+
+    Raises:
+        PatchsetError: nothing was written, the message says why.
+    """
+    if _is_patched(wheel):
+        _, missing = series.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
+        if not missing:
+            return wheel.file
+    releases.check(catalog, wheel.file)
+    found, fixes = series.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
+    changed: dict[str, bytes | None] = {
+        **series.contents(found, add=frozenset(fixes)),
+        receipt.PATH: receipt.render(found.series, frozenset(fixes)),
+    }
+    return _rewrite(wheel, found.series.release.patched_version, changed, out)
+
+
+def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
+    """Write the wheel as it was published beside it: every member has the published bytes.
+
+    Returns:
+        The plain wheel; `wheel` itself where no fix is in it.
+
+    Raises:
+        PatchsetError: nothing was written, the message says why.
+    """
+    found, fixes = series.select(catalog, status.examine(catalog, wheel), (), FixState.PATCHED)
+    if not fixes:
+        return wheel.file
+    published = wheel.file.with_name(_name(wheel, found.series.release.version))
+    if published.exists():
+        # Where it lies there as published already, it stays the very file.
+        releases.check(catalog, published)
+        return published
+    changed: dict[str, bytes | None] = {**series.contents(found, remove=frozenset(fixes)), receipt.PATH: None}
+    return _rewrite(wheel, found.series.release.version, changed, wheel.file.parent)
+
+
+def _rewrite(wheel: Wheel, version: Version, changed: Mapping[str, bytes | None], out: Path) -> Path:
+    file = out / _name(wheel, version)
+    out.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and renamed: what is killed half way leaves no wheel.
+    with (
+        tempfile.TemporaryDirectory(dir=out, prefix=".patchset-") as scratch,
+        releases.opened(wheel.file) as source,
+    ):
+        draft = Path(scratch, file.name)
+        with ZipFile(draft, "w") as target:
+            _copy(source, target, wheel.version, version, changed)
+        os.replace(draft, file)
+    return file
+
+
+def _copy(
+    source: WheelFile, target: ZipFile, old: Version, new: Version, changed: Mapping[str, bytes | None]
+) -> None:
+    old_info, new_info = f"sglang-{old}.dist-info/", f"sglang-{new}.dist-info/"
+    metadata = f"{old_info}METADATA"
+    changed = {
+        **changed,
+        metadata: _replace(source, metadata, f"\nVersion: {old}\n", f"\nVersion: {new}\n"),
+        _VERSION_FILE: _replace(source, _VERSION_FILE, _assignments(old), _assignments(new)),
+    }
+    members = source.infolist()
+    names = {member.filename for member in members}
+    changes = {path: (source.read(path) if path in names else None, data) for path, data in changed.items()}
+    lines = record.update(source.read(source.record_path), changes)
+    changed[source.record_path] = record.move(lines, old_info, new_info)
+    if receipt.PATH not in names:
+        first = next(place for place, member in enumerate(members) if member.filename.startswith(old_info))
+        members.insert(first, _like(source.getinfo(_VERSION_FILE), receipt.PATH))
+    for member in members:
+        path = member.filename
+        data = changed[path] if path in changed else source.read(member)
+        if data is not None:
+            name = new_info + path.removeprefix(old_info) if path.startswith(old_info) else path
+            target.writestr(_like(member, name), data)
+
+
+def _replace(source: WheelFile, path: str, old: str, new: str) -> bytes:
+    before, found, after = source.read(path).decode("utf-8").partition(old)
+    if not found:
+        raise PatchsetError(f"{source.filename}: its {path} does not say its version: download it again")
+    return f"{before}{new}{after}".encode()
+
+
+def _assignments(version: Version) -> str:
+    """The lines of `_version.py` that say the version, as vcs-versioning writes them."""
+    parts: list[int | str] = list(version.release)
+    if version.post is not None:
+        parts.append(f"post{version.post}")
+    if version.local is not None:
+        parts.append(version.local)
+    return f"__version__ = version = '{version}'\n__version_tuple__ = version_tuple = {tuple(parts)}\n"
+
+
+def _like(member: ZipInfo, name: str) -> ZipInfo:
+    """A new member's header with another's time, mode and compression."""
+    copy = ZipInfo(name, member.date_time)
+    copy.compress_type = member.compress_type
+    copy.create_system = member.create_system
+    copy.external_attr = member.external_attr
+    return copy
+
+
+def _name(wheel: Wheel, version: Version) -> str:
+    """The file name of the same wheel in another version."""
+    return wheel.file.name.replace(f"-{wheel.version}-", f"-{version}-", 1)
+
+
+def _is_patched(wheel: Wheel) -> bool:
+    return (wheel.version.local or "").startswith("patchset.")
