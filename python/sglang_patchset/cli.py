@@ -34,11 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser(tables).parse_args(arguments)
     try:
         code: int = options.run(tables, options)
-    except PatchsetError as error:
+    except (PatchsetError, OSError) as error:
         print(f"sglang-patchset: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"sglang-patchset: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return code
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sglang_patchset.errors import PatchsetError
@@ -19,22 +19,23 @@ def blob_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def apply(patch: Path, tree: Path, *, only: str, reverse: bool = False) -> bool:
-    """Apply a patch's changes to the one file `only` under `tree`, without fuzz.
+def apply(patch: Path, tree: Path, *, only: Sequence[str], reverse: bool = False) -> bool:
+    """Apply a patch's changes to these files under `tree` and to no other, without fuzz.
 
     Returns:
-        False where the file is not as the patch expects it; it is then left alone.
+        False where a file is not as the patch expects it; all of them are then left alone.
 
     Raises:
         PatchsetError: git is missing, or cannot read the patch.
     """
+    if not only:
+        return True
     # -p2: a patch names a file as SGLang's repository does, a/python/sglang/…, and a wheel has sglang/….
-    args = ["apply", "-p2", "--whitespace=nowarn", f"--include={only}"]
+    args = ["apply", "-p2", "--whitespace=nowarn", *(f"--include={path}" for path in only)]
     result = _call(*args, *(["--reverse"] if reverse else []), str(patch), cwd=tree)
     if result.returncode and "patch does not apply" not in result.stderr:
-        raise PatchsetError(
-            f"{patch}: git cannot read it ({_reason(result.stderr)}): install sglang-patchset again"
-        )
+        reason = _reason(result.stderr)
+        raise PatchsetError(f"{patch}: git cannot read it ({reason}): install sglang-patchset again")
     return result.returncode == 0
 
 

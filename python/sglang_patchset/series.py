@@ -58,12 +58,7 @@ def contents(
 ) -> Mapping[str, bytes]:
     """The new bytes of every file that these fixes touch, by its path in the wheel."""
     paths = {path for patch in found.series.patches if patch.fix in add | remove for path in patch.files}
-    return {
-        path: survey.rewrite(
-            found.series, path, found.files[path], (found.files[path].applied | add) - remove
-        )
-        for path in sorted(paths)
-    }
+    return survey.rewrite(found, {path: (found.files[path].applied | add) - remove for path in sorted(paths)})
 
 
 def _change(catalog: Catalog, package: Package, names: Sequence[str], state: FixState) -> list[str]:

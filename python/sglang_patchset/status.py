@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,8 +10,9 @@ from packaging.version import Version
 
 from sglang_patchset import patches, receipt, survey, transaction
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release
+from sglang_patchset.receipt import Receipt
 from sglang_patchset.survey import Presence, Survey
-from sglang_patchset.targets import Package, Target
+from sglang_patchset.targets import Package, Reader, Target
 
 
 class FixState(Enum):
@@ -64,46 +65,47 @@ def examine(catalog: Catalog, target: Target) -> Report:
     Raises:
         PatchsetError: git is needed and missing, or a patch file or a wheel is broken.
     """
-    found = None
+    fixes = catalog.fixes.values()
     if isinstance(target, Package) and transaction.interrupted(target.directory):
         reason = "another run is at work or was interrupted: apply or revert again"
-        statuses = [FixStatus(fix, FixState.UNKNOWN, reason) for fix in catalog.fixes.values()]
-    elif found := _survey(catalog, target):
-        statuses = [_by_bytes(fix, found, target) for fix in catalog.fixes.values()]
-    else:
-        statuses = [_by_version(fix, target.version) for fix in catalog.fixes.values()]
+        return _report(target, None, [FixStatus(fix, FixState.UNKNOWN, reason) for fix in fixes])
+    with target.reader() as read:
+        found = _survey(catalog, target.version, read)
+        if found is None:
+            return _report(target, None, [_by_version(fix, target.version) for fix in fixes])
+        applied = receipt.parse(read(receipt.PATH))
+    return _report(target, found, [_by_bytes(fix, found, applied) for fix in fixes])
+
+
+def _report(target: Target, found: Survey | None, statuses: Sequence[FixStatus]) -> Report:
     return Report(target, found, {status.fix.name: status for status in statuses})
 
 
-def _survey(catalog: Catalog, target: Target) -> Survey | None:
-    """The survey of the pinned release that the target is."""
-    claimed = catalog.releases.get(_without_patchset(target.version)) if target.version else None
-    taken = survey.take(patches.load(catalog, claimed), target.read) if claimed else None
+def _survey(catalog: Catalog, version: Version | None, read: Reader) -> Survey | None:
+    """The survey of the pinned release that a tree is."""
+    claimed = catalog.releases.get(_without_patchset(version)) if version else None
+    taken = survey.take(patches.load(catalog, claimed), read) if claimed else None
     if taken and not any(state.problem for state in taken.files.values()):
         return taken
     # A checkout's version may be that of another commit, or of none: its files may still be a release's.
-    others = [
-        patches.load(catalog, release) for release in catalog.releases.values() if release is not claimed
-    ]
-    fitting = [series for series in others if survey.matches(series, target.read)]
-    return survey.take(fitting[0], target.read) if len(fitting) == 1 else taken
+    others = [patches.load(catalog, each) for each in catalog.releases.values() if each is not claimed]
+    fitting = [series for series in others if survey.matches(series, read)]
+    return survey.take(fitting[0], read) if len(fitting) == 1 else taken
 
 
 def _without_patchset(version: Version) -> Version:
     return Version(version.public) if (version.local or "").startswith("patchset.") else version
 
 
-def _by_bytes(fix: Fix, found: Survey, target: Target) -> FixStatus:
+def _by_bytes(fix: Fix, found: Survey, applied: Receipt | None) -> FixStatus:
     cell = fix.cell(found.series.release.version)
     assert cell is not None, "fixes.toml has a cell for every pinned release"
     if cell.state is not CellState.PATCH:
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     patch = found.series.patch(fix.name)
     presence, reason = found.presence(patch)
-    if presence is Presence.UNKNOWN:
-        applied = receipt.parse(target.read(receipt.PATH))
-        if applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
-            reason = f"applied by {applied.tool} from another patch: revert it with that version"
+    if presence is Presence.UNKNOWN and applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
+        reason = f"applied by {applied.tool} from another patch: revert it with that version"
     return FixStatus(fix, _FROM_TREE[presence], reason or cell.note)
 
 

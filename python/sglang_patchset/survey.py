@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -12,9 +12,7 @@ from pathlib import Path
 from sglang_patchset import git
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.patches import Patch, Series
-
-# Returns the bytes of a file by its path in the wheel, None where there is none.
-Reader = Callable[[str], "bytes | None"]
+from sglang_patchset.targets import Reader
 
 
 class Presence(Enum):
@@ -68,24 +66,30 @@ def matches(series: Series, read: Reader) -> bool:
     return not any(_inspect(series, path, read(path)).problem for path in paths)
 
 
-def rewrite(series: Series, path: str, state: FileState, wanted: Set[str]) -> bytes:
-    """The bytes of a file with exactly the wanted fixes in it.
+def rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, bytes]:
+    """The bytes of these files, by path, each with exactly the wanted fixes in it.
 
     Raises:
         PatchsetError: git is missing, or a patch file is broken.
     """
-    patches = series.files[path]
-    with _scratch(path, state.content) as (tree, file):
-        for patch in reversed(patches):
-            if patch.fix in state.applied:
-                _must(git.apply(patch.path, tree, only=path, reverse=True), patch, path)
-        for patch in patches:
-            if patch.fix in wanted:
-                _must(git.apply(patch.path, tree, only=path), patch, path)
-        content = file.read_bytes()
-    if wanted >= {patch.fix for patch in patches}:
-        _must(git.blob_id(content) == series.patched_id(path), patches[-1], path)
-    return content
+    series, states = found.series, {path: found.files[path] for path in wanted}
+    with _scratch({path: state.content for path, state in states.items()}) as tree:
+        for patch in reversed(series.patches):
+            paths = [path for path, state in states.items() if patch.fix in state.applied]
+            _must(git.apply(patch.path, tree, only=paths, reverse=True), patch)
+        for patch in series.patches:
+            paths = [path for path in wanted if patch.fix in wanted[path] and path in patch.files]
+            _must(git.apply(patch.path, tree, only=paths), patch)
+        contents = {path: (tree / path).read_bytes() for path in wanted}
+    for path, content in contents.items():
+        touching = series.files[path]
+        whole = wanted[path] >= {patch.fix for patch in touching}
+        if whole and git.blob_id(content) != series.patched_id(path):
+            directory = touching[0].path.parent
+            raise PatchsetError(
+                f"{directory}: {path} does not become what these patches say: install sglang-patchset again"
+            )
+    return contents
 
 
 def _inspect(series: Series, path: str, content: bytes | None) -> FileState:
@@ -101,7 +105,7 @@ def _inspect(series: Series, path: str, content: bytes | None) -> FileState:
     # With two patches or more, some of them may be in.
     if len(patches) > 1 and (applied := _take_off(series, path, content)):
         state = FileState(content, applied)
-        if rewrite(series, path, state, applied) == content:
+        if rewrite(Survey(series, {path: state}), {path: applied})[path] == content:
             return state
     return FileState(content, problem=f"differs from SGLang {release}")
 
@@ -109,27 +113,27 @@ def _inspect(series: Series, path: str, content: bytes | None) -> FileState:
 def _take_off(series: Series, path: str, content: bytes) -> frozenset[str]:
     """The fixes whose removal leads back to the release's own file; none where nothing leads there."""
     applied = set()
-    with _scratch(path, content) as (tree, file):
+    with _scratch({path: content}) as tree:
         for patch in reversed(series.files[path]):
-            if git.apply(patch.path, tree, only=path, reverse=True):
+            if git.apply(patch.path, tree, only=[path], reverse=True):
                 applied.add(patch.fix)
-        if git.blob_id(file.read_bytes()) != series.published_id(path):
+        if git.blob_id((tree / path).read_bytes()) != series.published_id(path):
             return frozenset()
     return frozenset(applied)
 
 
 @contextmanager
-def _scratch(path: str, content: bytes) -> Iterator[tuple[Path, Path]]:
-    """A temporary tree that has the one file."""
+def _scratch(contents: Mapping[str, bytes]) -> Iterator[Path]:
+    """A temporary tree that has these files."""
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as directory:
-        file = Path(directory, path)
-        file.parent.mkdir(parents=True)
-        file.write_bytes(content)
-        yield Path(directory), file
+        for path, content in contents.items():
+            file = Path(directory, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        yield Path(directory)
 
 
-def _must(done: bool, patch: Patch, path: str) -> None:
+def _must(done: bool, patch: Patch) -> None:
     if not done:
-        raise PatchsetError(
-            f"{patch.path}: does not apply to the release's {path}: install sglang-patchset again"
-        )
+        release = patch.path.parent.name
+        raise PatchsetError(f"{patch.path}: does not fit SGLang {release}: install sglang-patchset again")

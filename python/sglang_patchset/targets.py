@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -19,6 +20,9 @@ from packaging.version import InvalidVersion, Version
 from sglang_patchset import record
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.releases import opened
+
+# Returns the bytes of a file by its path in the wheel, None where there is none.
+Reader = Callable[[str], "bytes | None"]
 
 INSTALLED = "installed"
 _VERSION = re.compile(r"^(?:__version__ = )?version = ['\"](?P<version>[^'\"]+)['\"]", re.MULTILINE)
@@ -45,6 +49,11 @@ class Package:
         except FileNotFoundError:
             return None
 
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """`read`; a wheel has to be opened for it."""
+        yield self.read
+
     def record(self) -> Path | None:
         """The RECORD that lists the package's files; an editable install's lists none of them."""
         candidates = sorted(self.directory.parent.glob("sglang-*.dist-info/RECORD"))
@@ -63,10 +72,12 @@ class Wheel:
     def __str__(self) -> str:
         return str(self.file)
 
-    def read(self, path: str) -> bytes | None:
-        """A member's bytes; None where there is none."""
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """Open the wheel to read members by their path; None stands for no such member."""
         with opened(self.file) as wheel:
-            return wheel.read(path) if path in wheel.namelist() else None
+            names = set(wheel.namelist())
+            yield lambda path: wheel.read(path) if path in names else None
 
 
 Target = Package | Wheel

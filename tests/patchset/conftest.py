@@ -1,0 +1,115 @@
+"""The published wheels, got once by the tool itself and kept in .cache/, and packages made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from sglang_patchset import catalog, cli, patches, releases
+from sglang_patchset.catalog import Catalog
+from sglang_patchset.patches import Series
+
+ROOT = Path(__file__).parents[2]
+RELEASES = ("0.5.11", "0.5.12", "0.5.12.post1")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    def refusal(self) -> str:
+        """The one line of a refusal."""
+        assert (self.code, self.out) == (2, "")
+        assert self.err.startswith("sglang-patchset: ")
+        assert self.err.count("\n") == 1
+        return self.err
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def tables() -> Catalog:
+    return catalog.load()
+
+
+@pytest.fixture(scope="session", params=RELEASES)
+def series(request: pytest.FixtureRequest, tables: Catalog) -> Series:
+    """Each release's series in turn."""
+    return patches.load(tables, tables.releases[Version(request.param)])
+
+
+@pytest.fixture(scope="session")
+def wheels(tables: Catalog) -> Mapping[str, Path]:
+    """Each pinned release's published wheel for this interpreter."""
+    found = {}
+    for release in RELEASES:
+        cache = ROOT / ".cache" / f"{release}-{sys.implementation.cache_tag}-{platform.machine()}"
+        cache.mkdir(parents=True, exist_ok=True)
+        source = next((str(wheel) for wheel in cache.glob("*.whl")), release)
+        found[release] = releases.obtain(tables, source, cache)
+    return found
+
+
+@pytest.fixture(scope="session")
+def unpacked(wheels: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Each wheel, unpacked; nothing may change these files, the trees below are hard links to them."""
+    found = {}
+    for release, wheel in wheels.items():
+        found[release] = tmp_path_factory.mktemp(release)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(found[release])
+    return found
+
+
+@pytest.fixture
+def tree(unpacked: Mapping[str, Path], tmp_path: Path) -> Path:
+    """An unpacked 0.5.12."""
+    return link(unpacked["0.5.12"], tmp_path / "tree")
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs `sglang-patchset` in this process."""
+
+    def run(*arguments: object) -> Result:
+        code = cli.main([str(argument) for argument in arguments])
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+def link(source: Path, target: Path) -> Path:
+    """A copy of a tree by hard links, as a package cache makes it."""
+    shutil.copytree(source, target, copy_function=os.link)
+    return target
+
+
+def edit(file: Path, text: str) -> None:
+    """Add a line to a file; the file is replaced, so that others who link to it keep theirs."""
+    content = file.read_text() + text + "\n"
+    file.unlink()
+    file.write_text(content)
+
+
+def digest(tree: Path) -> dict[str, str]:
+    """What a tree consists of: every path, with its mode and the sha256 of its bytes."""
+    return {
+        str(path.relative_to(tree)): f"{path.stat().st_mode:o} "
+        + (hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+        for path in sorted(tree.rglob("*"))
+    }

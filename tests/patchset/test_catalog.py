@@ -1,0 +1,114 @@
+"""The two tables, and the series against them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+
+from sglang_patchset.catalog import Catalog, CellState
+from sglang_patchset.patches import Series
+
+from .conftest import RELEASES, Command
+
+
+def test_pinned_releases(tables: Catalog) -> None:
+    assert tables.pinned() == ", ".join(RELEASES)
+    assert str(tables.default.version) == "0.5.12"
+
+
+def test_every_published_wheel_is_pinned(tables: Catalog) -> None:
+    for release in tables.releases.values():
+        tags = set()
+        for name, sha256 in release.wheels.items():
+            project, version, _, (tag,) = parse_wheel_filename(name)
+            assert (project, version) == ("sglang", release.version)
+            assert re.fullmatch("[0-9a-f]{64}", sha256)
+            tags.add((tag.interpreter, tag.platform))
+        assert tags == {
+            (f"cp{python.replace('.', '')}", f"manylinux_2_34_{machine}")
+            for python in release.python
+            for machine in ("x86_64", "aarch64")
+        }
+    every = [sha256 for release in tables.releases.values() for sha256 in release.wheels.values()]
+    assert len(set(every)) == len(every) == 24
+
+
+def test_every_fix_has_one_cell_for_each_pinned_release(tables: Catalog) -> None:
+    for fix in tables.fixes.values():
+        for version in tables.releases:
+            assert len([cell for cell in fix.cells if version in SpecifierSet(cell)]) == 1
+
+
+def test_series_is_what_the_matrix_says(tables: Catalog, series: Series) -> None:
+    version = series.release.version
+    assert [patch.fix for patch in series.patches] == [
+        name for name in tables.fixes if version in _affected(tables, name)
+    ]
+    files = (tables.root / str(version)).glob("*.patch")
+    assert [patch.path for patch in series.patches] == sorted(files)
+
+
+def _affected(tables: Catalog, name: str) -> list[Version]:
+    cells = {version: tables.fix(name).cell(version) for version in tables.releases}
+    return [version for version, cell in cells.items() if cell and cell.state is CellState.PATCH]
+
+
+def test_only_pinned_releases_are_patched(tables: Catalog) -> None:
+    for fix in tables.fixes.values():
+        later = fix.later(tables.releases)
+        assert later
+        assert all(fix.cells[versions].state is not CellState.PATCH for versions in later)
+
+
+def test_nobody_has_looked_at_unreleased_versions(tables: Catalog) -> None:
+    for fix in tables.fixes.values():
+        for version in ("0.5.10", "99.0", "0.5.14.dev3", "0.5.14rc1", "0.5.14+local"):
+            assert fix.cell(Version(version)) is None
+
+
+def test_trailers_are_what_the_catalogue_says(tables: Catalog, series: Series) -> None:
+    for patch in series.patches:
+        message = patch.path.read_text().partition("\n---\n")[0]
+        trailers = dict(re.findall(r"^([A-Z][A-Za-z-]+): (.+)$", message, re.MULTILINE))
+        fix = tables.fixes[patch.fix]
+        assert trailers["Upstream-PR"].endswith(f"/{fix.upstream_pr}")
+        assert trailers["Regression-Test"] == fix.test
+        assert trailers["Upstream-Status"]
+        assert trailers["Affects"] == ", ".join(map(str, _affected(tables, patch.fix)))
+
+
+def test_cells_without_a_patch(unpacked: Mapping[str, Path]) -> None:
+    srt = unpacked["0.5.11"] / "sglang" / "srt"
+    assert not (srt / "layers/moe/hash_topk.py").exists()
+    assert not (srt / "models/deepseek_v4.py").exists()
+    hash_topk = (unpacked["0.5.12.post1"] / "sglang/srt/layers/moe/hash_topk.py").read_text()
+    assert "self._init_default_tid2eid()" in hash_topk
+
+
+def test_list_is_the_matrix(tables: Catalog, command: Command) -> None:
+    result = command("list")
+    assert result.code == 0
+    header, *rows = [line.split() for line in result.out.splitlines()]
+    assert header[2:5] == list(RELEASES)
+    for row, fix in zip(rows, tables.fixes.values(), strict=False):
+        cells = [fix.cell(version) for version in tables.releases]
+        assert row[:5] == [fix.name, f"#{fix.upstream_pr}", *(cell.state.value for cell in cells if cell)]
+
+
+def test_patched_ids_chain(series: Series) -> None:
+    """Each patch starts from where the one before it left the file."""
+    for path, touching in series.files.items():
+        steps = [patch.files[path] for patch in touching]
+        assert all(before[1] == after[0] for before, after in pairwise(steps))
+
+
+def test_upper_bound_is_the_same_for_every_fix(tables: Catalog) -> None:
+    """A release that is newer than the last one looked at is unknown for all fixes alike."""
+    ends = {SpecifierSet(fix.later(tables.releases)[-1]) for fix in tables.fixes.values()}
+    assert len({str(spec) for end in ends for spec in end if spec.operator == "<="}) == 1

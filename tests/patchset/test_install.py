@@ -1,0 +1,241 @@
+"""Apply and revert in place, in environments that pip made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from sglang_patchset import receipt
+from sglang_patchset.catalog import Catalog
+
+from .conftest import ROOT, Command, digest, edit
+
+DSV4 = "dsv4-expert-distribution"
+HASH_TOPK = "srt/layers/moe/hash_topk.py"
+
+
+def environment(prefix: Path) -> Path:
+    """An environment without packages; returns its interpreter."""
+    venv.create(prefix, with_pip=False, symlinks=True)
+    return prefix / "bin" / "python"
+
+
+def pip(python: Path, *arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--python", str(python), *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def tool(python: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the tool in another interpreter."""
+    libraries = next(path for path in sys.path if path.endswith("site-packages"))
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT / 'python'}:{libraries}"}
+    command = [str(python), "-m", "sglang_patchset", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", check=False)
+
+
+def site(prefix: Path) -> Path:
+    (found,) = prefix.glob("lib/python3*/site-packages")
+    return found
+
+
+@pytest.fixture
+def installed(wheels: Mapping[str, Path], tmp_path: Path) -> Path:
+    """An environment with the published 0.5.12, as pip installs it."""
+    python = environment(tmp_path / "venv")
+    pip(python, "install", "--no-deps", "--no-compile", wheels["0.5.12"])
+    return tmp_path / "venv"
+
+
+def test_round_trip_in_an_environment(installed: Path, command: Command, tables: Catalog) -> None:
+    before = digest(installed)
+    assert command("status", installed).code == 1
+    assert digest(installed) == before
+
+    assert command("apply", installed).code == 0
+    assert command("status", installed).code == 0
+    patched = digest(installed)
+    changed = {Path(path).name for path in patched if patched[path] != before.get(path)}
+    assert {"_patchset.json", "RECORD", "hash_topk.py"} <= changed
+    assert all(path.stat().st_nlink == 1 for path in site(installed).rglob("hash_topk.py"))
+
+    # A second time changes nothing, not even a time.
+    times = {path: path.stat().st_mtime_ns for path in installed.rglob("*")}
+    assert "nothing to do" in command("apply", installed).out
+    assert times == {path: path.stat().st_mtime_ns for path in installed.rglob("*")}
+
+    # The record tells what is in, one fix taken out again included.
+    assert command("revert", installed, DSV4).code == 0
+    entry = json.loads((site(installed) / receipt.PATH).read_bytes())
+    assert (entry["release"], entry["patchset"]) == ("0.5.12", 1)
+    assert list(entry["fixes"]) == [name for name in tables.fixes if name != DSV4]
+
+    assert command("apply", installed, DSV4).code == 0
+    assert digest(installed) == patched
+    assert command("revert", installed).code == 0
+    assert digest(installed) == before
+    assert "nothing to do" in command("revert", installed).out
+
+
+def test_record_and_pip(installed: Path, command: Command) -> None:
+    """pip finds the patched files as RECORD says, and removes the receipt with the rest."""
+    assert command("apply", installed).code == 0
+    python = installed / "bin" / "python"
+    check = (
+        "import base64, hashlib, importlib.metadata as m\n"
+        "for f in m.files('sglang'):\n"
+        "    if f.hash:\n"
+        "        data = f.locate().read_bytes()\n"
+        "        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b'=').decode()\n"
+        "        assert (f.hash.value, f.size) == (digest, len(data)), f\n"
+        "print('_patchset.json' in {f.name for f in m.files('sglang')})"
+    )
+    done = subprocess.run([python, "-c", check], check=True, capture_output=True, text=True, cwd="/")
+    assert done.stdout == "True\n"
+    pip(python, "uninstall", "--yes", "sglang")
+    assert list(site(installed).iterdir()) == []
+
+
+def test_installed_target_is_never_imported(installed: Path) -> None:
+    python = installed / "bin" / "python"
+    # An edit elsewhere is left alone, and would show if sglang were imported.
+    edit(site(installed) / "sglang" / "__init__.py", "raise SystemExit('imported')")
+    before = digest(site(installed))
+    assert tool(python, "status").returncode == 1
+    assert tool(python, "apply", DSV4).returncode == 0
+    states = {
+        fix["name"]: fix["state"] for fix in json.loads(tool(python, "status", "--json").stdout)["fixes"]
+    }
+    assert states[DSV4] == "patched"
+    assert set(states.values()) == {"patched", "vulnerable"}
+    assert tool(python, "revert", "installed").returncode == 0
+    assert digest(site(installed)) == before
+
+
+def test_status_is_quick(installed: Path) -> None:
+    python = installed / "bin" / "python"
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert tool(python, "status", "--json").returncode == 1
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.5
+
+
+def test_no_bytecode_of_the_other_side_is_used(installed: Path, command: Command) -> None:
+    """Python matches bytecode by its source's size and second of modification."""
+    file = site(installed) / "sglang" / HASH_TOPK
+    times = [int(file.stat().st_mtime)]
+    for verb in ("apply", "revert", "apply"):
+        assert command(verb, installed, DSV4).code == 0
+        times.append(int(file.stat().st_mtime))
+    assert times == sorted(set(times))
+
+
+@pytest.mark.parametrize("part", ["", "sglang", "bin/../lib", "missing"])
+def test_ways_to_name_an_environment(installed: Path, command: Command, part: str) -> None:
+    target = {
+        "": installed,
+        "sglang": site(installed) / "sglang",
+        "bin/../lib": site(installed),
+        "missing": installed / "nowhere",
+    }[part]
+    result = command("status", target, "--json")
+    if part == "missing":
+        assert "neither a fix, nor a directory, nor a wheel file" in result.refusal()
+    else:
+        assert json.loads(result.out)["target"] == str(site(installed) / "sglang")
+
+
+@pytest.fixture
+def editable(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> Path:
+    """An environment with an editable install of a checkout, as SGLang's container images have it."""
+    checkout = tmp_path / "check out"
+    assert command("checkout", wheels["0.5.12"], checkout).code == 0
+    (checkout / "python" / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+        '[project]\nname = "sglang"\nversion = "0.0.0.dev1"\n'
+        '[tool.hatch.build.targets.wheel]\npackages = ["sglang"]\n'
+    )
+    python = environment(tmp_path / "venv")
+    pip(python, "install", "--no-deps", "--editable", checkout / "python")
+    return tmp_path / "venv"
+
+
+def test_editable_install(editable: Path, command: Command) -> None:
+    checkout = editable.parent / "check out"
+    package = checkout / "python" / "sglang"
+    (package / "_version.py").unlink()
+    record = next(site(editable).glob("sglang-*.dist-info/RECORD")).read_bytes()
+    before = digest(package)
+    for target in (editable, site(editable), checkout, checkout / "python", package):
+        report = json.loads(command("status", target, "--json").out)
+        # The version is nobody's, so the files themselves tell the release.
+        assert (report["target"], report["release"]) == (str(package), "0.5.12")
+        assert {fix["state"] for fix in report["fixes"]} == {"patched"}
+    python = editable / "bin" / "python"
+    assert tool(python, "revert").returncode == 0
+    assert tool(python, "status").returncode == 1
+    git = ["git", "-C", str(checkout), "diff", "--quiet", "release/0.5.12", "--", "python/sglang"]
+    assert subprocess.run(git, check=False).returncode == 0
+    assert tool(python, "apply").returncode == 0
+    assert command("revert", editable).code == 0
+    assert command("apply", editable).code == 0
+    (package / "_patchset.json").unlink()
+    assert digest(package) == before
+    assert next(site(editable).glob("sglang-*.dist-info/RECORD")).read_bytes() == record
+
+
+def test_two_environments_of_one_prefix(installed: Path, command: Command) -> None:
+    shutil.copytree(site(installed), installed / "lib" / "python3.99" / "site-packages")
+    assert "more than one SGLang" in command("status", installed).refusal()
+
+
+def test_versions_that_are_not_pinned(tree: Path, command: Command) -> None:
+    files = ["sglang/" + HASH_TOPK, "sglang/srt/server_args.py", "sglang/srt/models/deepseek_v2.py"]
+    for file in files:
+        edit(tree / file, "# as some other release has it")
+    for version, code, states in [
+        ("0.5.13", 0, {"fixed upstream"}),
+        ("0.5.10", 2, {"unknown"}),
+        ("99.0", 2, {"unknown"}),
+        ("0.5.14.dev12+gabc", 2, {"unknown"}),
+        ("0.5.13+local", 2, {"unknown"}),
+    ]:
+        file = tree / "sglang" / "_version.py"
+        file.unlink()
+        file.write_text(f"__version__ = version = '{version}'\n")
+        result = command("status", tree, "--json")
+        report = json.loads(result.out)
+        assert (result.code, report["release"]) == (code, None)
+        assert {fix["state"] for fix in report["fixes"]} == states
+        assert all(version in fix["detail"] for fix in report["fixes"]) == (states == {"unknown"})
+        before = digest(tree)
+        assert f"SGLang {version}, not a pinned release" in command("apply", tree).refusal()
+        assert digest(tree) == before
+
+
+def test_a_wrong_version_does_not_hide_a_pinned_release(tree: Path, command: Command) -> None:
+    """A checkout's _version.py may be that of the commit that was installed, long ago."""
+    (tree / "sglang" / "_version.py").unlink()
+    (tree / "sglang" / "_version.py").write_text("__version__ = version = '0.5.13'\n")
+    report = json.loads(command("status", tree, "--json").out)
+    assert (report["version"], report["release"]) == ("0.5.13", "0.5.12")
+    assert {fix["state"] for fix in report["fixes"]} == {"vulnerable"}
+
+
+def test_json_has_these_keys(tree: Path, command: Command, tables: Catalog) -> None:
+    report = json.loads(command("status", tree, "--json").out)
+    assert list(report) == ["target", "version", "release", "fixes"]
+    assert [fix["name"] for fix in report["fixes"]] == list(tables.fixes)
+    for fix in report["fixes"]:
+        assert list(fix) == ["name", "upstream_pr", "state", "detail"]
+        assert isinstance(fix["upstream_pr"], int)

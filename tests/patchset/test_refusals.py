@@ -1,0 +1,168 @@
+"""Bad input: one line that says what to do next, exit code 2, nothing changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from sglang_patchset import cli
+
+from .conftest import ROOT, Command, Result, digest, edit
+
+HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
+
+
+def test_an_edited_file_is_named_with_the_fixes_that_need_it(tree: Path, command: Command) -> None:
+    edit(tree / HASH_TOPK, "# mine")
+    before = digest(tree)
+    for verb in ("apply", "revert"):
+        refusal = command(verb, tree).refusal()
+        for fix in ("hash-topk-dummy-weights", "dsv4-expert-distribution"):
+            assert f"{fix}: {HASH_TOPK} differs from SGLang 0.5.12" in refusal
+        assert digest(tree) == before
+    # Fixes that do not need the file go in and out.
+    assert command("apply", tree, "routed-experts-dp-buffer", "swa-graph-padding").code == 0
+    assert command("revert", tree, "routed-experts-dp-buffer", "swa-graph-padding").code == 0
+    assert digest(tree) == before
+
+
+def test_an_edit_of_a_patched_file_is_refused(tree: Path, command: Command) -> None:
+    assert command("apply", tree).code == 0
+    edit(tree / HASH_TOPK, "# mine")
+    before = digest(tree)
+    assert HASH_TOPK in command("revert", tree).refusal()
+    assert digest(tree) == before
+
+
+def test_an_edit_elsewhere_stays(tree: Path, command: Command) -> None:
+    edit(tree / "sglang" / "utils.py", "# mine")
+    before = digest(tree)
+    assert command("apply", tree).code == 0
+    assert command("revert", tree).code == 0
+    assert digest(tree) == before
+
+
+def test_an_unknown_fix(tree: Path, command: Command) -> None:
+    before = digest(tree)
+    assert (
+        "unknown fix hash-topk: choose from hash-topk-dummy-weights, "
+        in command("apply", tree, "hash-topk").refusal()
+    )
+    assert digest(tree) == before
+
+
+def test_no_sglang(command: Command, tmp_path: Path) -> None:
+    assert "no SGLang in it" in command("apply", tmp_path).refusal()
+    assert "neither a fix, nor a directory" in command("apply", tmp_path / "nowhere").refusal()
+    assert "this interpreter has no sglang" in command("status").refusal()
+
+
+def test_another_version_s_patch(tree: Path, command: Command) -> None:
+    """What another version of the tool applied is taken out by that version."""
+    assert command("apply", tree).code == 0
+    record = tree / "sglang" / "_patchset.json"
+    text = record.read_text()
+    sha256 = text.partition('"sha256": "')[2][:64]
+    record.write_text(text.replace(sha256, "0" * 64).replace("sglang-patchset 0", "sglang-patchset 9"))
+    # The bytes are those of this version's patch: there is nothing to complain of.
+    assert command("status", tree).code == 0
+    edit(tree / HASH_TOPK, "# as the other version's patch has it")
+    refusal = command("revert", tree).refusal()
+    assert "applied by sglang-patchset 9" in refusal
+    assert "revert it with that version" in refusal
+
+
+def test_no_git(tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest(tree)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert command("status", tree).code == 1
+    assert "there is no git on the PATH: install git" in command("apply", tree).refusal()
+    assert digest(tree) == before
+
+
+def test_git_configuration_changes_nothing(
+    tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    configuration = tmp_path / "gitconfig"
+    configuration.write_text("[apply]\n whitespace = error\n[core]\n autocrlf = true\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(configuration))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "index"))
+    before = digest(tree)
+    assert command("apply", tree).code == 0
+    assert command("status", tree).code == 0
+    assert command("revert", tree).code == 0
+    assert digest(tree) == before
+
+
+def test_no_permission(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = digest(tree)
+    package = tree / "sglang"
+    if os.geteuid() == 0:
+        # Nothing is forbidden to root, so a child becomes somebody else.
+        for directory in (tree, *tree.parents[:3]):
+            directory.chmod(0o755)
+        child = os.fork()
+        if child == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+            os._exit(cli.main(["apply", str(tree)]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    else:
+        package.chmod(0o555)
+        code = cli.main(["apply", str(tree)])
+        package.chmod(0o755)
+    refusal = Result(code, *capfd.readouterr()).refusal()
+    assert f"{package}: no permission to write there" in refusal
+    assert digest(tree) == before
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A copy of this project whose patches can be broken."""
+    for name in ("python", "patches"):
+        shutil.copytree(ROOT / name, tmp_path / "project" / name)
+    return tmp_path / "project"
+
+
+def from_copy(project: Path, *arguments: object) -> Result:
+    env = {**os.environ, "PYTHONPATH": str(project / "python")}
+    command = [sys.executable, "-m", "sglang_patchset", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_broken_patch_files(tree: Path, broken: Path) -> None:
+    before = digest(tree)
+    patch = broken / "patches" / "0.5.12" / "0001-hash-topk-dummy-weights.patch"
+    whole = patch.read_text()
+    for text, message in [
+        (whole[: whole.rindex("\n ")], "git cannot read it"),
+        (whole.replace("\nindex ", "\nINDEX "), "not a patch of files under python/"),
+        ("", "not a patch of files under python/"),
+    ]:
+        assert text != whole
+        patch.write_text(text)
+        refusal = from_copy(broken, "apply", tree).refusal()
+        assert f"{patch}: {message}" in refusal
+        assert "install sglang-patchset again" in refusal
+        assert digest(tree) == before
+    patch.write_text(whole.replace("\n+        # ", "\n+        ## "))
+    refusal = from_copy(broken, "apply", tree).refusal()
+    assert f"{patch.parent}: {HASH_TOPK} does not become what these patches say" in refusal
+    assert digest(tree) == before
+    patch.unlink()
+    assert f"{patch}: No such file or directory" in from_copy(broken, "status", tree).refusal()
+
+
+def test_checkout_needs_a_new_directory(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    refusal = command("checkout", wheels["0.5.12"], tmp_path).refusal()
+    assert "not an empty directory" in refusal
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]

@@ -1,0 +1,127 @@
+"""Every subset of every release's series, and how a tree's state is told from its bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Set
+from itertools import chain, combinations
+from pathlib import Path
+
+import pytest
+
+from sglang_patchset import patches, survey
+from sglang_patchset.catalog import Catalog
+from sglang_patchset.patches import Series
+from sglang_patchset.series import contents
+from sglang_patchset.survey import Presence
+
+from .conftest import Command, digest, edit
+
+DSV4, HASH, DSA = "dsv4-expert-distribution", "hash-topk-dummy-weights", "dsa-index-sharing"
+# No repository around the temporary directory may have a say.
+_ENVIRONMENT = {"PATH": os.environ["PATH"], "GIT_CEILING_DIRECTORIES": "/"}
+HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
+
+
+@pytest.fixture(scope="session")
+def published(series: Series, unpacked: Mapping[str, Path]) -> Mapping[str, bytes]:
+    """The touched files as the release has them."""
+    return {path: (unpacked[str(series.release.version)] / path).read_bytes() for path in series.files}
+
+
+def test_every_subset(series: Series, published: Mapping[str, bytes], tmp_path: Path) -> None:
+    fixes = [patch.fix for patch in series.patches]
+    subsets = list(chain.from_iterable(combinations(fixes, size) for size in range(len(fixes) + 1)))
+    assert len(subsets) == 2 ** len(fixes)
+    base = survey.take(series, published.get)
+    compiled: set[tuple[str, bytes]] = set()
+    for number, subset in enumerate(map(frozenset, subsets)):
+        patched = {**published, **contents(base, add=subset)}
+        assert patched == _by_git(series, published, subset, tmp_path / str(number))
+        for path, data in set(patched.items()) - compiled:
+            compile(data, path, "exec")
+        compiled |= set(patched.items())
+        found = survey.take(series, patched.get)
+        for patch in series.patches:
+            expected = Presence.IN if patch.fix in subset else Presence.OUT
+            assert found.presence(patch) == (expected, "")
+        assert {**patched, **contents(found, remove=subset)} == published
+
+
+def _by_git(series: Series, published: Mapping[str, bytes], subset: Set[str], tree: Path) -> dict[str, bytes]:
+    """What `git apply` alone makes of the release."""
+    for path, data in published.items():
+        file = tree / "python" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    files = [str(patch.path) for patch in series.patches if patch.fix in subset]
+    if files:
+        subprocess.run(["git", "apply", *files], cwd=tree, check=True, env=_ENVIRONMENT)
+    patched = {path: (tree / "python" / path).read_bytes() for path in published}
+    shutil.rmtree(tree)
+    return patched
+
+
+def test_series_gives_the_files_that_its_blob_ids_name(
+    series: Series, published: Mapping[str, bytes]
+) -> None:
+    base = survey.take(series, published.get)
+    patched = contents(base, add=frozenset(patch.fix for patch in series.patches))
+    found = survey.take(series, patched.get)
+    assert {state.applied for state in found.files.values()} == {
+        frozenset(patch.fix for patch in touching) for touching in series.files.values()
+    }
+
+
+@pytest.mark.parametrize("order", [(HASH, DSV4), (DSV4, HASH)])
+def test_fixes_of_one_file_come_in_any_order(tree: Path, command: Command, order: tuple[str, str]) -> None:
+    before = digest(tree)
+    for fix in order:
+        assert command("apply", tree, fix).code == 0
+    one_by_one = digest(tree)
+    for fix in order:
+        assert command("revert", tree, fix).code == 0
+    assert digest(tree) == before
+    assert command("apply", tree, *order).code == 0
+    assert digest(tree) == one_by_one
+
+
+def test_patches_applied_by_hand_are_recognised(tree: Path, tables: Catalog, command: Command) -> None:
+    patch = patches.load(tables, tables.default).patch(DSV4)
+    subprocess.run(["git", "apply", "-p2", patch.path], cwd=tree, check=True, env=_ENVIRONMENT)
+    assert _states(command("status", tree).out)[DSV4] == "patched"
+    assert command("revert", tree, DSV4).code == 0
+    assert _states(command("status", tree).out)[DSV4] == "vulnerable"
+
+
+def _states(table: str) -> dict[str, str]:
+    return {line.split()[0]: line.split()[2] for line in table.splitlines()[2:]}
+
+
+def test_an_edit_makes_the_fixes_of_that_file_unknown(tree: Path, command: Command) -> None:
+    assert command("apply", tree, DSV4).code == 0
+    edit(tree / HASH_TOPK, "# mine")
+    states = _states(command("status", tree).out)
+    assert {fix for fix, state in states.items() if state == "unknown"} == {HASH, DSV4}
+
+
+def test_half_a_fix_is_named(tree: Path, unpacked: Mapping[str, Path], command: Command) -> None:
+    assert command("apply", tree).code == 0
+    deepseek_v4 = "sglang/srt/models/deepseek_v4.py"
+    (tree / deepseek_v4).unlink()
+    shutil.copy(unpacked["0.5.12"] / deepseek_v4, tree / deepseek_v4)
+    before = digest(tree)
+    refusal = command("revert", tree).refusal()
+    assert f"{DSV4}: half patched: " in refusal
+    assert f" has it, {deepseek_v4} lacks it" in refusal
+    assert digest(tree) == before
+    # The others are still exactly known.
+    assert command("revert", tree, HASH, DSA).code == 0
+
+
+def test_a_missing_file_is_named(tree: Path, command: Command) -> None:
+    (tree / HASH_TOPK).unlink()
+    refusal = command("apply", tree).refusal()
+    assert f"{HASH}: {HASH_TOPK} is missing" in refusal

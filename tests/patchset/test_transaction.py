@@ -1,0 +1,137 @@
+"""A run that is killed at any moment, and two runs at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from sglang_patchset import patches, receipt, series, targets, transaction
+from sglang_patchset.catalog import Catalog
+from sglang_patchset.targets import Package
+
+from .conftest import Command, digest, edit, link
+
+DSV4 = "dsv4-expert-distribution"
+HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
+
+
+@pytest.fixture(scope="session")
+def small(unpacked: Mapping[str, Path], tables: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As much of an unpacked 0.5.12 as the tool looks at."""
+    tree = tmp_path_factory.mktemp("small") / "tree"
+    source = unpacked["0.5.12"]
+    info = "sglang-0.5.12.dist-info"
+    others = ["sglang/__init__.py", "sglang/_version.py", f"{info}/RECORD", f"{info}/METADATA"]
+    for path in [*patches.load(tables, tables.default).files, *others]:
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        os.link(source / path, tree / path)
+    return tree
+
+
+def killed(tables: Catalog, tree: Path, step: int) -> bool:
+    """Apply a fix in a process that is killed before its `step`-th change to the tree.
+
+    Returns:
+        Whether it was killed: False where it has fewer steps.
+    """
+    child = os.fork()
+    if child == 0:
+        steps = 0
+
+        def count(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal steps
+            changes = event.startswith(("os.", "shutil.")) or (
+                event == "open" and arguments[1] in ("wb", "w")
+            )
+            if changes and any(str(tree) in str(argument) for argument in arguments):
+                steps += 1
+                if steps == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        package = targets.find(str(tree))
+        assert isinstance(package, Package)
+        sys.addaudithook(count)
+        series.apply(tables, package, [DSV4])
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_at_every_step(small: Path, tables: Catalog, command: Command, tmp_path: Path) -> None:
+    before = digest(small)
+    done = link(small, tmp_path / "done")
+    assert command("apply", done, DSV4).code == 0
+    after = digest(done)
+    seen = set()
+    step = 0
+    while True:
+        step += 1
+        tree = link(small, tmp_path / str(step))
+        if not killed(tables, tree, step):
+            break
+        found = {path: value for path, value in digest(tree).items() if "patchset-transaction" not in path}
+        status = command("status", tree)
+        if "interrupted" in status.out:
+            assert status.code == 2
+            seen.add("interrupted")
+        else:
+            assert found in (before, after)
+            seen.add("before" if found == before else "after")
+        # The next run carries it on or starts anew, whichever verb it is.
+        verb, expected = [("apply", after), ("revert", before)][step % 2]
+        assert command(verb, tree, DSV4).code == 0
+        assert digest(tree) == expected
+    assert digest(tree) == after
+    assert seen == {"before", "interrupted", "after"}
+    assert digest(small) == before
+
+
+def interrupted(small: Path, tables: Catalog, tmp_path: Path) -> Path:
+    """A tree whose run was killed between two of its files."""
+    for step in range(1, 1000):
+        tree = link(small, tmp_path / str(step))
+        assert killed(tables, tree, step)
+        if transaction.interrupted(tree / "sglang") and (tree / HASH_TOPK).stat().st_nlink == 1:
+            return tree
+    raise AssertionError("no such step")
+
+
+def test_an_edit_after_the_interruption_is_refused(
+    small: Path, tables: Catalog, command: Command, tmp_path: Path
+) -> None:
+    tree = interrupted(small, tables, tmp_path)
+    edit(tree / HASH_TOPK, "# mine")
+    before = digest(tree)
+    for verb in ("apply", "revert"):
+        refusal = command(verb, tree).refusal()
+        assert f"{tree / HASH_TOPK}: edited after a run was interrupted" in refusal
+        assert digest(tree) == before
+
+
+def test_one_run_at_a_time(small: Path, command: Command, tmp_path: Path) -> None:
+    tree = link(small, tmp_path / "tree")
+    before = digest(tree)
+    with transaction.locked(tree / "sglang"):
+        assert "another run is at work on it" in command("apply", tree).refusal()
+    assert digest(tree) == before
+    assert command("apply", tree).code == 0
+
+
+def test_modes_are_kept_and_files_replaced(small: Path, command: Command, tmp_path: Path) -> None:
+    tree = link(small, tmp_path / "tree")
+    file = tree / HASH_TOPK
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    file.chmod(0o640)
+    with file.open("rb") as opened:
+        assert command("apply", tree).code == 0
+        assert opened.read() == content
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert (tree / receipt.PATH).exists()

@@ -1,0 +1,55 @@
+"""A checkout reads like a pull request."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from sglang_patchset.patches import Series
+
+from .conftest import Command
+
+
+def git(repository: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(repository), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_one_commit_for_each_fix(
+    series: Series, wheels: Mapping[str, Path], unpacked: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    release = str(series.release.version)
+    checkout = tmp_path / "checkout"
+    assert command("checkout", wheels[release], checkout).code == 0
+    assert git(checkout, "status", "--porcelain") == ""
+    base = f"release/{release}"
+    assert git(checkout, "rev-list", "--max-parents=0", "HEAD") == git(checkout, "rev-parse", base)
+    assert series.release.wheels[wheels[release].name] in git(checkout, "show", "--no-patch", base)
+    assert command("status", checkout).code == 0
+
+    trailer = "--format=%(trailers:key=Patchset-Fix,valueonly)"
+    assert git(checkout, "log", "--reverse", trailer, f"{base}..").split() == [
+        patch.fix for patch in series.patches
+    ]
+    # The series is what format-patch writes of these commits.
+    options = ("--zero-commit", "--no-signature", "--full-index", "--stdout", "-1")
+    commits = git(checkout, "rev-list", "--reverse", f"{base}..").split()
+    for commit, patch in zip(commits, series.patches, strict=True):
+        written = git(checkout, "format-patch", *options, commit)
+        assert written.rstrip("\n") == patch.path.read_text().rstrip("\n")
+
+    # The base is the wheel's package, without what a build makes; the working tree runs with that.
+    listed = set(git(checkout, "ls-tree", "-r", "-z", "--name-only", base).rstrip("\0").split("\0"))
+    files = [path for path in (unpacked[release] / "sglang").rglob("*") if path.is_file()]
+    built = {f"python/{path.relative_to(unpacked[release])}" for path in files} - listed
+    assert {Path(path).name.partition(".")[0] for path in built} == {"_version", "_core"}
+    assert all((checkout / path).is_file() for path in built)
+
+
+def test_same_commits_every_time(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:
+    heads = set()
+    for name in ("a", "b"):
+        assert command("checkout", wheels["0.5.11"], tmp_path / name).code == 0
+        heads.add(git(tmp_path / name, "rev-parse", "HEAD"))
+    assert len(heads) == 1

@@ -1,0 +1,201 @@
+"""A patched wheel and the way back."""
+
+from __future__ import annotations
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+from wheel.wheelfile import WheelFile
+
+from sglang_patchset import patches, receipt
+from sglang_patchset.catalog import Catalog
+
+from .conftest import RELEASES, ROOT, Command
+from .test_install import environment, pip, site, tool
+
+
+def members(wheel: Path) -> dict[str, tuple[bytes, int, tuple[int, ...]]]:
+    """Each member's bytes, mode and time, each checked against RECORD as it is read."""
+    with WheelFile(wheel) as archive:
+        return {
+            info.filename: (archive.read(info), info.external_attr, info.date_time)
+            for info in archive.infolist()
+        }
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_round_trip(
+    release: str, wheels: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
+) -> None:
+    assert command("wheel", wheels[release], tmp_path).code == 0
+    (patched,) = tmp_path.glob("*.whl")
+    version = f"{release}+patchset.1"
+    assert str(parse_wheel_filename(patched.name)[1]) == version
+    before, after = members(wheels[release]), members(patched)
+    old, new = f"sglang-{release}.dist-info/", f"sglang-{version}.dist-info/"
+    touched = patches.load(tables, tables.releases[Version(release)]).files
+    changed = {*touched, f"{new}METADATA", f"{new}RECORD", "sglang/_version.py"}
+    assert {path.replace(old, new) for path in before} | {receipt.PATH} == set(after)
+    for path, member in before.items():
+        assert (member == after[path.replace(old, new)]) == (path.replace(old, new) not in changed)
+
+    metadata = [
+        email.message_from_bytes(data) for data in (before[f"{old}METADATA"][0], after[f"{new}METADATA"][0])
+    ]
+    assert metadata[1]["Version"] == version
+    metadata[0].replace_header("Version", version)
+    assert metadata[0].as_bytes() == metadata[1].as_bytes()
+    scope: dict[str, object] = {}
+    exec(after["sglang/_version.py"][0], scope)
+    assert scope["__version__"] == scope["version"] == version
+    post = ["post1"] if "post1" in release else []
+    assert scope["__version_tuple__"] == (0, 5, int(release.split(".")[2]), *post, "patchset.1")
+
+    assert command("status", patched).code == 0
+    assert command("revert", patched).code == 0
+    plain = tmp_path / wheels[release].name
+    assert members(plain) == before
+    assert command("status", plain).code == 1
+
+
+def test_apply_writes_beside_and_revert_keeps_what_lies_there(
+    wheels: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    published = Path(shutil.copy(wheels["0.5.12"], tmp_path))
+    bytes_before = published.read_bytes()
+    assert command("apply", published).code == 0
+    (patched,) = tmp_path.glob("*patchset*.whl")
+    again = patched.read_bytes()
+    assert command("apply", patched).code == 0
+    assert patched.read_bytes() == again
+    inode = published.stat().st_ino
+    assert command("revert", patched).code == 0
+    assert (published.stat().st_ino, published.read_bytes()) == (inode, bytes_before)
+    assert sorted(tmp_path.iterdir()) == sorted([published, patched])
+
+
+def test_same_bytes_every_time(wheels: Mapping[str, Path], tmp_path: Path) -> None:
+    built = []
+    for number, (zone, mask) in enumerate([("UTC", 0o022), ("Asia/Tokyo", 0o077)]):
+        out = tmp_path / str(number)
+        command = [sys.executable, "-m", "sglang_patchset", "wheel", str(wheels["0.5.12"]), str(out)]
+        env = {"PATH": os.environ["PATH"], "TZ": zone, "PYTHONPATH": str(ROOT / "python")}
+        subprocess.run(command, check=True, capture_output=True, env=env, umask=mask, cwd=tmp_path)
+        (wheel,) = out.iterdir()
+        built.append((wheel.name, wheel.read_bytes()))
+    assert built[0] == built[1]
+
+
+def test_pip_takes_the_patched_wheel_over_the_published_one(
+    wheels: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    shutil.copy(wheels["0.5.12"], tmp_path)
+    assert command("wheel", wheels["0.5.12"], tmp_path).code == 0
+    python = environment(tmp_path / "venv")
+    pip(
+        python,
+        "install",
+        "--no-deps",
+        "--no-compile",
+        "--no-index",
+        "--find-links",
+        tmp_path,
+        "sglang==0.5.12",
+    )
+    assert [path.name for path in site(tmp_path / "venv").glob("*.dist-info")] == [
+        "sglang-0.5.12+patchset.1.dist-info"
+    ]
+    status = tool(python, "status")
+    assert (status.returncode, status.stdout.count(" patched")) == (0, 5)
+    # Taken out in place, the files are the release's; applied again, they are the wheel's.
+    assert tool(python, "revert").returncode == 0
+    assert tool(python, "status").returncode == 1
+    assert tool(python, "apply").returncode == 0
+    pip(python, "uninstall", "--yes", "sglang")
+    assert list(site(tmp_path / "venv").iterdir()) == []
+
+
+def test_release_by_pip(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    shutil.copy(wheels["0.5.12"], links)
+    result = command("wheel", "0.5.12", tmp_path / "out", "--find-links", links)
+    assert result.code == 0
+    assert result.out.endswith(f"{next((tmp_path / 'out').iterdir())}\n")
+
+
+def test_tampered_wheels_are_refused(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:
+    tampered = Path(shutil.copy(wheels["0.5.12"], tmp_path))
+    with zipfile.ZipFile(tampered, "a") as archive:
+        archive.writestr("sglang/extra.py", "")
+    for arguments in (
+        ("apply", tampered),
+        ("wheel", tampered, tmp_path),
+        ("checkout", tampered, tmp_path / "co"),
+    ):
+        assert "its sha256 is" in command(*arguments).refusal()
+    assert (
+        "not the published wheel"
+        in command("wheel", "0.5.12", tmp_path / "out", "--find-links", tmp_path).refusal()
+    )
+    assert list(tmp_path.iterdir()) == [tampered]
+
+
+@pytest.mark.parametrize("member", ["../evil.py", "/evil.py", "sglang/../../evil.py", "evil/__init__.py"])
+def test_members_outside_of_sglang_are_refused(
+    member: str, wheels: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    assert command("wheel", wheels["0.5.12"], tmp_path).code == 0
+    (patched,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(patched, "a") as archive:
+        archive.writestr(member, "")
+    assert f"has the member {member}" in command("revert", patched).refusal()
+    assert list(tmp_path.iterdir()) == [patched]
+
+
+def test_a_changed_member_of_a_patched_wheel_is_refused(
+    wheels: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    assert command("wheel", wheels["0.5.12"], tmp_path / "a").code == 0
+    (patched,) = (tmp_path / "a").glob("*.whl")
+    changed = tmp_path / patched.name
+    with zipfile.ZipFile(patched) as source, zipfile.ZipFile(changed, "w") as target:
+        for info in source.infolist():
+            data = source.read(info)
+            target.writestr(info, data + b"#" if info.filename == "sglang/utils.py" else data)
+    assert "Hash mismatch for file 'sglang/utils.py'" in command("revert", changed).refusal()
+    assert not (tmp_path / wheels["0.5.12"].name).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("0.5.13", "not a pinned release: choose from 0.5.11, 0.5.12, 0.5.12.post1"),
+        ("latest", "not a pinned release"),
+        ("nowhere.whl", "no such file"),
+    ],
+)
+def test_what_is_no_release(name: str, message: str, command: Command, tmp_path: Path) -> None:
+    assert message in command("wheel", name, tmp_path / "out").refusal()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_wheel(command: Command, tmp_path: Path, wheels: Mapping[str, Path]) -> None:
+    for name in ("other-1.0-py3-none-any.whl", "sglang.whl", wheels["0.5.12"].name):
+        (tmp_path / name).write_bytes(b"")
+        command("apply", tmp_path / name).refusal()
+    assert "pip finds no wheel" in command("wheel", "0.5.12", "--find-links", ROOT / "tests").refusal()
+
+
+def test_single_fixes_are_for_installed_packages(wheels: Mapping[str, Path], command: Command) -> None:
+    refusal = command("apply", wheels["0.5.12"], "swa-graph-padding").refusal()
+    assert "a patched wheel has the whole series" in refusal
