@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# From a published SGLang release to its patched wheel:
+#   ./scripts/patch.sh [RELEASE | WHEEL] [OUT] [--find-links DIR]
+# Needs Python >= 3.10 (PYTHON=… names another than python3), git and a package index; with --find-links,
+# DIR may stand in for the index. The wheel is for the Python that runs this.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+tool=$root/.venv-tool
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "patch.sh: $python is older than Python 3.10: PYTHON=/path/to/python3.12 $0" >&2
+    exit 2
+}
+
+links=()
+arguments=("$@")
+for ((i = 0; i < $#; i++)); do
+    case ${arguments[i]} in
+        --find-links) links=(--no-index --find-links "${arguments[i + 1]:?}") ;;
+        --find-links=*) links=(--no-index "${arguments[i]}") ;;
+    esac
+done
+
+# The environment is made again when the interpreter or the dependencies change.
+wanted=$("$python" -c 'import sys; print(sys.version, sys.prefix)' && cat "$root/pyproject.toml")
+if [[ "$(cat "$tool/made-for" 2>/dev/null)" != "$wanted" ]]; then
+    "$python" -m venv --clear "$tool"
+    install=("$tool/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root")
+    # DIR may hold nothing but SGLang: then the tool's own dependencies come from the index.
+    if ((${#links[@]} == 0)) || ! "${install[@]}" "${links[@]}" 2>/dev/null; then
+        "${install[@]}"
+    fi
+    printf '%s\n' "$wanted" >"$tool/made-for"
+fi
+
+exec "$tool/bin/sglang-patchset" wheel "$@"
