@@ -1,0 +1,1249 @@
+"""Regression tests for DeepSeek sparse attention with a top-k shared across layers.
+
+GLM-5.2 and other GlmMoeDsaForCausalLM checkpoints, and DeepSeek-V3.2 ones with
+index_topk_freq or index_topk_pattern, run their indexer in some layers only; the
+layers between reuse the indices of the layer before. Below index_topk tokens of
+context every token is selected and no mistake shows in the output, so these tests
+count the indexer's runs and compare the indices that reach the attention kernel.
+
+The real configuration parser, models, attention layers, EAGLE workers and attention
+backend run, on the CPU. What stands in for a GPU kernel or a process group is a stub:
+the linear layers, norms, MoE and communicator, the indexer's kernels (it counts
+instead) and FlashAttention 3 (it records what it would read).
+"""
+
+import copy
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import unittest
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
+
+import huggingface_hub.constants
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase, maybe_stub_sgl_kernel
+
+maybe_stub_sgl_kernel()
+
+from sglang.srt.batch_overlap.two_batch_overlap import TboForwardBatchPreparer
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
+from sglang.srt.layers.communicator import AttentionInputs, get_attn_tp_context
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+)
+from sglang.srt.models import deepseek_nextn, deepseek_v2
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.utils.hf_transformers_utils import get_config
+
+try:
+    from sglang.srt.layers.attention import dsa_backend as sparse_backend
+
+    SparseAttnBackend = sparse_backend.DeepseekSparseAttnBackend
+    SPARSE_BACKEND = "dsa"
+except ImportError:
+    from sglang.srt.layers.attention import nsa_backend as sparse_backend
+
+    SparseAttnBackend = sparse_backend.NativeSparseAttnBackend
+    SPARSE_BACKEND = "nsa"
+
+register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+
+HIDDEN_SIZE = 8
+NUM_HEADS = 2
+QK_NOPE_HEAD_DIM = 4
+QK_ROPE_HEAD_DIM = 2
+V_HEAD_DIM = 4
+Q_LORA_RANK = 4
+KV_LORA_RANK = 4
+INDEX_TOPK = 8
+VOCAB_SIZE = 32
+
+# What the models need, small enough that 78 layers take a fraction of a second.
+TINY_MODEL = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=HIDDEN_SIZE,
+    intermediate_size=HIDDEN_SIZE,
+    moe_intermediate_size=HIDDEN_SIZE,
+    num_attention_heads=NUM_HEADS,
+    num_key_value_heads=NUM_HEADS,
+    qk_nope_head_dim=QK_NOPE_HEAD_DIM,
+    qk_rope_head_dim=QK_ROPE_HEAD_DIM,
+    v_head_dim=V_HEAD_DIM,
+    q_lora_rank=Q_LORA_RANK,
+    kv_lora_rank=KV_LORA_RANK,
+    index_topk=INDEX_TOPK,
+    index_head_dim=4,
+    index_n_heads=2,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    first_k_dense_replace=3,
+    moe_layer_freq=1,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    pad_token_id=0,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+)
+
+GLM = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "num_hidden_layers": 8,
+}
+
+# The schedule of the released GLM-5.2.
+GLM_5_2 = {
+    **GLM,
+    "num_hidden_layers": 78,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+    "index_share_for_mtp_iteration": True,
+}
+GLM_5_2_COMPUTING_LAYERS = [0, 1, 2] + list(range(6, 78, 4))
+
+
+def model_config(num_hidden_layers, **kwargs):
+    return SimpleNamespace(
+        architectures=["DeepseekV32ForCausalLM"],
+        num_hidden_layers=num_hidden_layers,
+        **{**TINY_MODEL, **kwargs},
+    )
+
+
+def write_config(folder, config):
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        # Not sorted: the order of the keys matters to one of the tests.
+        json.dump(config, f)
+
+
+class ConfigOnDiskTestCase(CustomTestCase):
+    """Each configuration gets a directory of its own: get_config keeps a cache."""
+
+    def setUp(self):
+        super().setUp()
+        self.root = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.root)
+        self.num_configs = 0
+
+    def write(self, *configs, **kwargs):
+        folder = os.path.join(self.root, str(self.num_configs))
+        self.num_configs += 1
+        merged = {}
+        for config in (*configs, kwargs):
+            merged.update(config)
+        write_config(folder, merged)
+        return folder
+
+    def parse(self, *configs, **kwargs):
+        return get_config(self.write(*configs, **kwargs), trust_remote_code=False)
+
+
+class TestConfig(ConfigOnDiskTestCase):
+    """transformers < 5.10 drops and overwrites keys of GlmMoeDsaConfig."""
+
+    def assert_as_in_the_file(self, config, **expected):
+        for key, value in expected.items():
+            self.assertEqual(
+                getattr(config, key, None),
+                value,
+                f"config.json says {key}={value!r}, the parsed configuration has "
+                f"{getattr(config, key, None)!r}",
+            )
+
+    def test_index_topk_freq(self):
+        for freq in (4, 2, 1):
+            config = self.parse(GLM, index_topk_freq=freq)
+            self.assert_as_in_the_file(config, index_topk_freq=freq)
+
+    def test_index_topk_pattern(self):
+        config = self.parse(GLM, index_topk_pattern="FFSSFSSS")
+        self.assert_as_in_the_file(config, index_topk_pattern="FFSSFSSS")
+
+    def test_offset_and_mtp_sharing(self):
+        keys = {"index_skip_topk_offset": 3, "index_share_for_mtp_iteration": True}
+        path = self.write(GLM, keys, index_topk_freq=4)
+        for is_draft_model in (False, True):
+            config = ModelConfig(path, is_draft_model=is_draft_model).hf_config
+            self.assert_as_in_the_file(config, **keys)
+
+    def test_qk_rope_head_dim_before_head_dim(self):
+        # GLM-5.2 has both, and GlmMoeDsaConfig makes the second an alias of the first.
+        config = self.parse(
+            GLM, qk_nope_head_dim=192, qk_rope_head_dim=64, head_dim=192
+        )
+        self.assert_as_in_the_file(config, qk_rope_head_dim=64, qk_nope_head_dim=192)
+        self.assertEqual(config.qk_head_dim, 192 + 64)
+
+    def test_qk_rope_head_dim_after_head_dim(self):
+        config = self.parse(
+            GLM, head_dim=192, qk_nope_head_dim=192, qk_rope_head_dim=64
+        )
+        self.assert_as_in_the_file(config, qk_rope_head_dim=64, qk_nope_head_dim=192)
+        self.assertEqual(config.qk_head_dim, 192 + 64)
+
+    def test_qk_rope_head_dim_alone(self):
+        config = self.parse(GLM, qk_nope_head_dim=128, qk_rope_head_dim=32)
+        self.assert_as_in_the_file(config, qk_rope_head_dim=32, qk_nope_head_dim=128)
+        self.assertEqual(config.qk_head_dim, 128 + 32)
+
+    def test_qk_head_dim_is_the_sum_of_its_parts(self):
+        for dims in (
+            {"head_dim": 96},
+            {"head_dim": 96, "qk_rope_head_dim": 32},
+            {"qk_rope_head_dim": 32, "qk_head_dim": 7},
+        ):
+            config = self.parse(GLM, dims, qk_nope_head_dim=128)
+            self.assertEqual(
+                config.qk_head_dim,
+                config.qk_nope_head_dim + config.qk_rope_head_dim,
+                f"qk_head_dim is not qk_nope_head_dim + qk_rope_head_dim for {dims}",
+            )
+
+    def test_missing_keys_stay_at_their_defaults(self):
+        config = self.parse(GLM)
+        default = type(config)()
+        self.assertEqual(config.qk_rope_head_dim, default.qk_rope_head_dim)
+        self.assertEqual(config.qk_nope_head_dim, default.qk_nope_head_dim)
+        self.assertEqual(config.qk_head_dim, default.qk_head_dim)
+        self.assertEqual(
+            getattr(config, "index_topk_freq", 1),
+            getattr(default, "index_topk_freq", 1),
+        )
+        self.assertIsNone(getattr(config, "index_topk_pattern", None))
+        self.assertIsNone(getattr(config, "index_skip_topk_offset", None))
+
+    def test_revision(self):
+        repo = os.path.join(self.root, "models--sglang-test--glm-tiny")
+        revisions = {
+            "main": ("a" * 40, {"index_topk_freq": 2, "qk_rope_head_dim": 32}),
+            "next": ("b" * 40, {"index_topk_freq": 4, "qk_rope_head_dim": 16}),
+        }
+        os.makedirs(os.path.join(repo, "refs"))
+        for name, (commit, keys) in revisions.items():
+            with open(os.path.join(repo, "refs", name), "w") as f:
+                f.write(commit)
+            write_config(
+                os.path.join(repo, "snapshots", commit),
+                {**GLM, "head_dim": 192, **keys},
+            )
+
+        constants = huggingface_hub.constants
+        with (
+            patch.object(constants, "HF_HUB_CACHE", self.root),
+            patch.object(constants, "HF_HUB_OFFLINE", True),
+        ):
+            for name, (commit, keys) in revisions.items():
+                for revision in (name, commit):
+                    config = get_config(
+                        "sglang-test/glm-tiny",
+                        trust_remote_code=False,
+                        revision=revision,
+                    )
+                    self.assert_as_in_the_file(config, **keys)
+            config = get_config("sglang-test/glm-tiny", trust_remote_code=False)
+            self.assert_as_in_the_file(config, **revisions["main"][1])
+
+    def test_other_architectures_are_untouched(self):
+        keys = ("head_dim", "qk_rope_head_dim", "qk_head_dim", "index_topk_freq")
+        for other in (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+            {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},
+            {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe"},
+        ):
+            path = self.write(
+                other, head_dim=48, index_topk_freq=4, num_hidden_layers=2
+            )
+            expected = AutoConfig.from_pretrained(path)
+            config = get_config(path, trust_remote_code=False)
+            self.assertEqual(
+                {key: getattr(config, key, None) for key in keys},
+                {key: getattr(expected, key, None) for key in keys},
+                other,
+            )
+
+    def test_override_args_win(self):
+        path = self.write(GLM, head_dim=192, qk_rope_head_dim=64, index_topk_freq=4)
+        overrides = {"index_topk_freq": 2, "qk_rope_head_dim": 32}
+        config = get_config(
+            path, trust_remote_code=False, model_override_args=overrides
+        )
+        self.assert_as_in_the_file(config, **overrides)
+
+        path = self.write(GLM, head_dim=192, qk_rope_head_dim=64, index_topk_freq=4)
+        config = ModelConfig(path, model_override_args=json.dumps(overrides)).hf_config
+        self.assert_as_in_the_file(config, **overrides)
+
+
+class StubLinear(nn.Module):
+    def __init__(self, input_size, output_size, *args, reduce_results=False, **kwargs):
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.zeros(output_size, input_size), requires_grad=False
+        )
+        self.quant_method = None
+        self.reduce_results = reduce_results
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight), None
+
+
+class StubNorm(nn.Module):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x, residual=None):
+        return x if residual is None else (x, residual)
+
+
+class StubRope(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.is_neox_style = False
+        self.cos_sin_cache = torch.zeros(4096, QK_ROPE_HEAD_DIM)
+
+    def forward(self, positions, q, k):
+        return q, k
+
+
+class StubEmbedding(nn.Module):
+    def __init__(self, num_embeddings, embedding_dim, **kwargs):
+        super().__init__()
+        self.embedding_dim = embedding_dim
+
+    def forward(self, input_ids):
+        return torch.zeros(input_ids.shape[0], self.embedding_dim)
+
+
+class StubMLP(nn.Module):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+class StubMoE(StubMLP):
+    pass
+
+
+class StubCommunicator:
+    """What LayerCommunicator does where there is one rank only."""
+
+    def __init__(self, *args, qkv_latent_func=None, **kwargs):
+        self.qkv_latent_func = qkv_latent_func
+
+    def prepare_attn(self, hidden_states, residual, forward_batch, *args, **kwargs):
+        get_attn_tp_context().set_attn_inputs(
+            AttentionInputs(hidden_states, forward_batch, self.qkv_latent_func)
+        )
+        return hidden_states, hidden_states if residual is None else residual
+
+    def prepare_mlp(self, hidden_states, residual, forward_batch, *args, **kwargs):
+        return hidden_states, residual
+
+    def should_fuse_mlp_allreduce_with_next_layer(self, forward_batch):
+        return False
+
+    def should_use_reduce_scatter(self, forward_batch):
+        return False
+
+    def postprocess_layer(self, hidden_states, residual, forward_batch):
+        return hidden_states, residual
+
+
+class CountingIndexer(nn.Module):
+    """An indexer that writes down its runs. No two runs return the same indices.
+
+    As the real one it selects at most index_topk of the position + 1 tokens of the
+    context and fills the rest of a row with -1.
+    """
+
+    def __init__(self, *args, layer_id, index_topk, runs, **kwargs):
+        super().__init__()
+        self.layer_id = layer_id
+        self.index_topk = index_topk
+        self.runs = runs
+
+    def forward(self, *args, positions=None, **kwargs):
+        if positions is None:  # NPU passes hidden_states, q_lora, positions, ...
+            positions = args[2]
+        num_valid = (positions + 1).clamp(max=self.index_topk)
+        columns = torch.arange(self.index_topk, dtype=torch.int32)
+        rows = torch.arange(positions.shape[0], dtype=torch.int32).unsqueeze(1)
+        first = 10000 * (len(self.runs) + 1)
+        topk_indices = torch.where(
+            columns < num_valid.unsqueeze(1), first + 100 * rows + columns, -1
+        ).to(torch.int32)
+        self.runs.append((self.layer_id, topk_indices))
+        return topk_indices
+
+
+@contextmanager
+def cpu_layers(runs):
+    """Builds the real models with stubs for what needs a GPU or a process group.
+
+    The indexers write their runs into `runs` as (layer id, indices).
+    """
+
+    def indexer(*args, **kwargs):
+        return CountingIndexer(*args, runs=runs, **kwargs)
+
+    one_rank = SimpleNamespace(
+        is_first_rank=True, is_last_rank=True, rank_in_group=0, world_size=1
+    )
+    everywhere = {
+        "ReplicatedLinear": StubLinear,
+        "ColumnParallelLinear": StubLinear,
+        "RowParallelLinear": StubLinear,
+        "RMSNorm": StubNorm,
+        "VocabParallelEmbedding": StubEmbedding,
+        "get_pp_group": lambda: one_rank,
+        "is_dp_attention_enabled": lambda: False,
+        "get_embedding_tp_kwargs": dict,
+    }
+    layer = {
+        "Indexer": indexer,
+        "DeepseekV2MLP": StubMLP,
+        "DeepseekV2MoE": StubMoE,
+        "LayerCommunicator": StubCommunicator,
+        "LayerScatterModes": MagicMock(),
+        "get_rope_wrapper": lambda *args, **kwargs: StubRope(),
+        "get_attention_tp_rank": lambda: 0,
+        "get_attention_tp_size": lambda: 1,
+        "enable_moe_dense_fully_dp": lambda: False,
+        "get_tensor_model_parallel_world_size": lambda: 1,
+    }
+    with ExitStack() as stack:
+        for module, stubs in (
+            (deepseek_v2, {**everywhere, **layer}),
+            (deepseek_nextn, everywhere),
+        ):
+            for name, stub in stubs.items():
+                stack.enter_context(patch.object(module, name, stub, create=True))
+        yield
+
+
+def finish_loading(model):
+    """The weights that post_load_weights takes from kv_b_proj."""
+    for module in model.modules():
+        if isinstance(module, deepseek_v2.DeepseekV2AttentionMLA):
+            module.w_kc = torch.zeros(NUM_HEADS, QK_NOPE_HEAD_DIM, KV_LORA_RANK)
+            module.w_vc = torch.zeros(NUM_HEADS, KV_LORA_RANK, V_HEAD_DIM)
+    return model.requires_grad_(False)
+
+
+def build_attention(config, layer_id, runs, is_nextn=False, alt_stream=None):
+    with cpu_layers(runs):
+        return finish_loading(
+            deepseek_v2.DeepseekV2AttentionMLA(
+                config=config,
+                hidden_size=config.hidden_size,
+                num_heads=config.num_attention_heads,
+                qk_nope_head_dim=config.qk_nope_head_dim,
+                qk_rope_head_dim=config.qk_rope_head_dim,
+                v_head_dim=config.v_head_dim,
+                q_lora_rank=config.q_lora_rank,
+                kv_lora_rank=config.kv_lora_rank,
+                layer_id=layer_id,
+                reduce_results=False,
+                alt_stream=alt_stream,
+                is_nextn=is_nextn,
+            )
+        )
+
+
+class RecordingBackend:
+    """An attention backend that writes down the indices each layer attends to."""
+
+    use_mha = False
+
+    def __init__(self):
+        self.topk_indices = {}
+
+    def forward(
+        self, q, k, v, layer, forward_batch, *args, topk_indices=None, **kwargs
+    ):
+        self.topk_indices[layer.layer_id] = topk_indices
+        return q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+
+
+@contextmanager
+def attention_backend(backend, forward_batch):
+    try:
+        from sglang.srt.model_executor.forward_context import (
+            ForwardContext,
+            forward_context,
+        )
+    except ImportError:
+        forward_batch.attn_backend = backend
+        yield
+    else:
+        with forward_context(ForwardContext(attn_backend=backend)):
+            yield
+
+
+def make_forward_batch(**kwargs):
+    """A ForwardBatch, less the fields that this release does not have."""
+    known = {field.name for field in dataclasses.fields(ForwardBatch)}
+    return ForwardBatch(**{k: v for k, v in kwargs.items() if k in known})
+
+
+def make_decode_batch(seq_lens, **kwargs):
+    seq_lens = torch.tensor(seq_lens, dtype=torch.int64)
+    num_seqs = len(seq_lens)
+    return make_forward_batch(
+        **{
+            "forward_mode": ForwardMode.DECODE,
+            "batch_size": num_seqs,
+            "input_ids": torch.arange(num_seqs),
+            "req_pool_indices": torch.arange(num_seqs),
+            "seq_lens": seq_lens,
+            "seq_lens_cpu": seq_lens.clone(),
+            "seq_lens_sum": int(seq_lens.sum()),
+            "out_cache_loc": torch.arange(num_seqs),
+            "positions": seq_lens - 1,
+            **kwargs,
+        }
+    )
+
+
+class ModelTestCase(ConfigOnDiskTestCase):
+    @classmethod
+    def setUpClass(cls):
+        server_args = ServerArgs(model_path="dummy", device="cpu")
+        server_args.attention_backend = SPARSE_BACKEND
+        server_args.prefill_attention_backend = SPARSE_BACKEND
+        server_args.decode_attention_backend = SPARSE_BACKEND
+        set_global_server_args_for_scheduler(server_args)
+
+    def setUp(self):
+        super().setUp()
+        stack = ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(torch.no_grad())
+        # Compiling takes longer than everything else here.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def assert_indices(self, actual, expected, message):
+        self.assertIsNotNone(actual, message)
+        self.assertTrue(torch.equal(actual, expected), message)
+
+
+def computing_layers(num_layers, freq, offset):
+    """The definition: layer l computes where max(l - offset + 1, 0) % freq is 0."""
+    return [l for l in range(num_layers) if max(l - offset + 1, 0) % freq == 0]
+
+
+class TestSchedule(ModelTestCase):
+    """Which layers of a whole model run their indexer in one forward pass."""
+
+    def run_model(self, config):
+        """Returns the indexer's runs and the indices that each layer attended to."""
+        runs = []
+        with cpu_layers(runs):
+            model = finish_loading(deepseek_v2.DeepseekV2Model(config))
+        batch = make_decode_batch([3, 20])
+        backend = RecordingBackend()
+        with attention_backend(backend, batch):
+            model(batch.input_ids, batch.positions, batch)
+        return runs, backend.topk_indices
+
+    def assert_schedule(self, config, expected, what):
+        runs, used = self.run_model(config)
+        computed = [layer_id for layer_id, _ in runs]
+        if computed != expected:
+            self.fail(
+                f"{what}: layers {computed} ran their indexer, the schedule says "
+                f"{expected}"
+            )
+        indices = None
+        found = dict(runs)
+        for layer_id in range(config.num_hidden_layers):
+            indices = found.get(layer_id, indices)
+            self.assert_indices(
+                used[layer_id],
+                indices,
+                f"{what}: layer {layer_id} did not attend to the indices of the last "
+                "layer that ran its indexer",
+            )
+
+    def test_glm_5_2(self):
+        self.assertEqual(len(GLM_5_2_COMPUTING_LAYERS), 21)
+        config = model_config(78, index_topk_freq=4, index_skip_topk_offset=3)
+        self.assert_schedule(config, GLM_5_2_COMPUTING_LAYERS, "GLM-5.2")
+
+    def test_glm_5_2_from_its_config_file(self):
+        config = self.parse(TINY_MODEL, GLM_5_2, head_dim=QK_NOPE_HEAD_DIM)
+        self.assert_schedule(
+            config, GLM_5_2_COMPUTING_LAYERS, "GLM-5.2 from config.json"
+        )
+
+    def test_pattern_from_its_config_file(self):
+        config = self.parse(TINY_MODEL, GLM, index_topk_pattern="FFSFSSSF")
+        self.assert_schedule(config, [0, 1, 3, 7], "index_topk_pattern of config.json")
+
+    def test_offset_and_frequency(self):
+        for offset in (1, 2, 3, 5, 8):
+            for freq in (1, 2, 3, 4, 7):
+                for num_layers in (1, 2, 11):
+                    config = model_config(
+                        num_layers, index_topk_freq=freq, index_skip_topk_offset=offset
+                    )
+                    self.assert_schedule(
+                        config,
+                        computing_layers(num_layers, freq, offset),
+                        f"index_skip_topk_offset={offset}, index_topk_freq={freq}, "
+                        f"{num_layers} layers",
+                    )
+
+    def test_no_offset(self):
+        # Layers 0 and 1 compute, then every index_topk_freq-th: as before the offset.
+        for freq in (1, 2, 3, 4, 7):
+            for kwargs in ({}, {"index_skip_topk_offset": None}):
+                config = model_config(11, index_topk_freq=freq, **kwargs)
+                expected = [l for l in range(11) if max(l - 1, 0) % freq == 0]
+                self.assert_schedule(config, expected, f"index_topk_freq={freq}")
+
+    def test_no_sharing(self):
+        for kwargs in ({}, {"index_skip_topk_offset": 3}):
+            self.assert_schedule(
+                model_config(5, **kwargs), [0, 1, 2, 3, 4], "no index_topk_freq"
+            )
+
+    def test_pattern(self):
+        for pattern in ("F", "FS", "FSSSS", "FFFFF", "FSFSSFF", "FFSSSFSSS"):
+            expected = [l for l, kind in enumerate(pattern) if kind == "F"]
+            for kwargs in ({}, {"index_topk_freq": 3, "index_skip_topk_offset": 4}):
+                for value in (pattern, list(pattern)):
+                    config = model_config(
+                        len(pattern), index_topk_pattern=value, **kwargs
+                    )
+                    self.assert_schedule(
+                        config, expected, f"index_topk_pattern={value}, {kwargs}"
+                    )
+
+    def test_offset_must_be_positive(self):
+        for offset in (0, -1, -4):
+            config = model_config(4, index_topk_freq=4, index_skip_topk_offset=offset)
+            for layer_id in (0, 3):
+                try:
+                    build_attention(config, layer_id, runs=[])
+                except (ValueError, AssertionError) as e:
+                    self.assertIn("index_skip_topk_offset", str(e))
+                    continue
+                self.fail(
+                    f"index_skip_topk_offset={offset} was accepted: layer 0 would have "
+                    "nothing to reuse"
+                )
+
+
+class GateTestCase(ModelTestCase):
+    """One layer, with and without the indices of the layer before."""
+
+    # Layer 0 of four computes, layers 1 to 3 share, for any offset.
+    config = model_config(4, index_topk_pattern="FSSS")
+    previous = torch.full((2, INDEX_TOPK), 7, dtype=torch.int32)
+
+    def run_layer(self, layer_id, previous, is_nextn=False):
+        """Returns the indexer's runs, the indices used, those for the next layer."""
+        raise NotImplementedError()
+
+    def assert_computes(self, what, layer_id, previous, **kwargs):
+        runs, used, next_indices = self.run_layer(layer_id, previous, **kwargs)
+        self.assertEqual(len(runs), 1, f"{what} did not run its indexer")
+        self.assert_indices(used, runs[0][1], f"{what} used other indices")
+        self.assert_indices(next_indices, used, f"{what} did not hand on its indices")
+
+    def assert_reuses(self, what, layer_id, previous, **kwargs):
+        runs, used, next_indices = self.run_layer(layer_id, previous, **kwargs)
+        self.assertEqual(len(runs), 0, f"{what} ran its indexer")
+        self.assert_indices(used, previous, f"{what} used other indices")
+        self.assert_indices(next_indices, used, f"{what} did not hand on its indices")
+
+
+class GateTests:
+    def test_sharing_layer_without_previous_indices(self):
+        # E.g. the first layer of a pipeline stage.
+        runs, _, _ = self.run_layer(1, None)
+        self.assertEqual(
+            len(runs),
+            0,
+            "a sharing layer without previous indices ran its indexer, which has no "
+            "weights in the checkpoint",
+        )
+
+    def test_sharing_layer_with_previous_indices(self):
+        self.assert_reuses("a sharing layer with previous indices", 1, self.previous)
+
+    def test_computing_layer(self):
+        self.assert_computes("a computing layer", 0, None)
+        self.assert_computes(
+            "a computing layer with previous indices", 0, self.previous
+        )
+
+    def test_nextn_layer_without_previous_indices(self):
+        self.assert_computes("the nextn layer", 0, None, is_nextn=True)
+
+    def test_nextn_layer_with_previous_indices(self):
+        self.assert_reuses(
+            "the nextn layer with the indices of an earlier draft step",
+            0,
+            self.previous,
+            is_nextn=True,
+        )
+
+
+class TestGate(GateTests, GateTestCase):
+    """Eager: everything on one stream."""
+
+    forward_mode = ForwardMode.DECODE
+    capture_mode = False
+    num_overlaps = 0
+
+    def run_layer(self, layer_id, previous, is_nextn=False):
+        runs = []
+        alt_stream = MagicMock()
+        attention = build_attention(
+            self.config, layer_id, runs, is_nextn=is_nextn, alt_stream=alt_stream
+        )
+        batch = make_decode_batch([3, 20], forward_mode=self.forward_mode)
+        backend = RecordingBackend()
+        hidden_states = torch.zeros(2, HIDDEN_SIZE)
+        get_attn_tp_context().set_attn_inputs(
+            AttentionInputs(hidden_states, batch, attention.prepare_qkv_latent)
+        )
+        with (
+            attention_backend(backend, batch),
+            patch(
+                "sglang.srt.model_executor.cuda_graph_runner.get_is_capture_mode",
+                return_value=self.capture_mode,
+            ),
+            patch("torch.cuda.current_stream", MagicMock()),
+            patch("torch.cuda.stream", lambda stream: nullcontext()),
+        ):
+            output = attention(
+                positions=batch.positions,
+                hidden_states=hidden_states,
+                forward_batch=batch,
+                zero_allocator=None,
+                prev_topk_indices=previous,
+            )
+        self.assertEqual(alt_stream.wait_stream.call_count, self.num_overlaps)
+        return runs, backend.topk_indices[layer_id], output[1]
+
+
+class TestGateOverlapped(TestGate):
+    """Capture of a decode graph: norms on two streams, then projection and indexer."""
+
+    capture_mode = True
+    num_overlaps = 2
+
+
+class TestGateVerify(TestGate):
+    """Capture of a verify graph: norms on two streams, the indexer on its own."""
+
+    forward_mode = ForwardMode.TARGET_VERIFY
+    capture_mode = True
+    num_overlaps = 1
+
+
+class TestGateNpu(GateTests, GateTestCase):
+    def run_layer(self, layer_id, previous, is_nextn=False):
+        stubs = (
+            "torch_npu",
+            "sgl_kernel_npu",
+            "sgl_kernel_npu.norm",
+            "sgl_kernel_npu.norm.fused_split_qk_norm",
+        )
+        with patch.dict(sys.modules, {name: MagicMock() for name in stubs}):
+            npu = importlib.import_module(
+                "sglang.srt.hardware_backend.npu.modules.deepseek_v2_attention_mla_npu"
+            )
+
+        def fused_split_qk_norm(x, q_norm, k_norm, q_rank, k_rank, rope_dim, eps):
+            q, k_nope, k_rope = x.split([q_rank, k_rank, rope_dim], dim=-1)
+            return q, k_nope.unsqueeze(1), k_rope.unsqueeze(1)
+
+        runs = []
+        attention = build_attention(self.config, layer_id, runs, is_nextn=is_nextn)
+        batch = make_decode_batch([3, 20], forward_mode=ForwardMode.EXTEND)
+        backend = RecordingBackend()
+        with (
+            attention_backend(backend, batch),
+            patch.object(npu, "fused_split_qk_norm", fused_split_qk_norm),
+        ):
+            state = npu.forward_dsa_prepare_npu(
+                attention,
+                batch.positions,
+                torch.zeros(2, HIDDEN_SIZE),
+                batch,
+                zero_allocator=None,
+                layer_scatter_modes=None,
+                prev_topk_indices=previous,
+            )
+            output = npu.forward_dsa_core_npu(attention, *state)
+        return runs, backend.topk_indices[layer_id], output[1]
+
+
+class StubKVPool:
+    """Enough of a KV cache for NativeSparseAttnBackend.forward_decode."""
+
+    def set_mla_kv_buffer(self, layer, loc, k_nope, k_rope):
+        pass
+
+    def get_key_buffer(self, layer_id):
+        return torch.zeros(4, 1, KV_LORA_RANK + QK_ROPE_HEAD_DIM)
+
+
+def make_fa3_backend(lengths):
+    """The real sparse backend as after init_forward_metadata on Hopper.
+
+    Its constructor asks for a GPU, so it is not run.
+    """
+    backend = object.__new__(SparseAttnBackend)
+    backend.num_splits = 0
+    backend.use_mha = False
+    backend.hisparse_coordinator = None
+    backend.token_to_kv_pool = StubKVPool()
+    metadata = {"cache_seqlens_int32": lengths}
+    for prefix in ("nsa", "dsa"):
+        setattr(backend, f"{prefix}_decode_impl", "fa3")
+        setattr(backend, f"{prefix}_topk_backend", MagicMock())
+        metadata[f"{prefix}_cache_seqlens_int32"] = lengths.clamp(max=INDEX_TOPK)
+        metadata[f"{prefix}_cu_seqlens_q"] = None
+        metadata[f"{prefix}_cu_seqlens_k"] = None
+        metadata[f"{prefix}_max_seqlen_q"] = 1
+    backend.forward_metadata = SimpleNamespace(**metadata)
+    backend.own_lengths = metadata[f"{SPARSE_BACKEND}_cache_seqlens_int32"]
+    return backend
+
+
+class DraftRunner:
+    """The draft model runner: forward runs the real next-token model, eagerly."""
+
+    def __init__(self, config, copy_batch):
+        self.model_config = SimpleNamespace(hf_config=config)
+        self.copy_batch = copy_batch
+        self.canary_manager = None
+        self.runs = []
+        with cpu_layers(self.runs):
+            self.model = finish_loading(deepseek_nextn.DeepseekModelNextN(config))
+
+    def forward(self, forward_batch, *args, **kwargs):
+        batch = self.copy_batch(forward_batch)
+        hidden_states = self.model(batch.input_ids, batch.positions, batch)
+        # The next token is the successor of the last one.
+        tokens = torch.arange(VOCAB_SIZE)
+        successor = (batch.input_ids.unsqueeze(1) + 1) % VOCAB_SIZE
+        return SimpleNamespace(
+            logits_output=SimpleNamespace(
+                next_token_logits=-(tokens - successor).abs().float(),
+                hidden_states=hidden_states,
+            )
+        )
+
+
+class DraftError(Exception):
+    pass
+
+
+class DraftWorker:
+    """A worker as draft_forward sees it, on the CPU."""
+
+    def __init__(
+        self, draft_forward, steps, topk=1, copy_batch=lambda batch: batch, **config
+    ):
+        self.draft_forward = draft_forward
+        config = model_config(2, **config)
+        config.architectures = ["DeepseekV3ForCausalLMNextN"]
+        self.runner = DraftRunner(config, copy_batch)
+        self.worker = SimpleNamespace(
+            topk=topk,
+            speculative_num_steps=steps,
+            speculative_num_draft_tokens=steps + 1,
+            hot_token_id=None,
+            device="cpu",
+            server_args=SimpleNamespace(speculative_algorithm="EAGLE"),
+            model_config=self.runner.model_config,
+            draft_model_runner=self.runner,
+            draft_runner=self.runner,
+            draft_attn_backend=SimpleNamespace(attn_backends=[]),
+            # Constants of a chain, prepared by the worker since 0.5.13.
+            _topk1_parents_prealloc=torch.arange(-1, steps - 1).repeat(8, 1),
+            _topk1_score_indices_prealloc=torch.arange(steps).repeat(8, 1),
+        )
+
+    def make_batch(self, seq_lens):
+        spec_info = EagleDraftInput(capture_hidden_mode=CaptureHiddenMode.LAST)
+        batch = make_decode_batch(
+            seq_lens,
+            forward_mode=ForwardMode.DECODE if seq_lens else ForwardMode.IDLE,
+            spec_info=spec_info,
+            token_to_kv_pool=StubKVPool(),
+        )
+        self.refill_batch(batch, seq_lens)
+        return batch
+
+    def refill_batch(self, batch, seq_lens):
+        """Makes `batch` and its spec_info ready for the next iteration."""
+        topk, steps = self.worker.topk, self.worker.speculative_num_steps
+        bs = len(seq_lens)
+        batch.batch_size = bs
+        batch.seq_lens = torch.tensor(seq_lens, dtype=torch.int64)
+        batch.positions = batch.seq_lens.repeat_interleave(topk)
+        batch.input_ids = torch.zeros(bs * topk, dtype=torch.int64)
+        batch.out_cache_loc = torch.arange(bs * topk * steps)
+        batch.spec_info.topk_p = torch.linspace(0.6, 0.4, topk).repeat(bs, 1)
+        batch.spec_info.topk_index = torch.arange(topk).repeat(bs, 1)
+        batch.spec_info.hidden_states = torch.zeros(bs, HIDDEN_SIZE)
+        self.worker.draft_attn_backend.attn_backends = [
+            make_fa3_backend((batch.positions + 1 + step).to(torch.int32))
+            for step in range(steps - 1)
+        ]
+
+    def iterate(self, batch, fail_at=None):
+        """Runs one draft iteration.
+
+        Returns what the indexer found, and what FlashAttention 3 was asked to read at
+        each step. Raises DraftError at the kernel call number `fail_at`.
+        """
+        with self.recorded(fail_at) as (found, read):
+            self.draft_forward(self.worker, batch)
+        return found, read
+
+    @contextmanager
+    def recorded(self, fail_at=None):
+        self.runner.runs.clear()
+        found, read = [], []
+
+        def flash_attn_with_kvcache(*, q, qv, page_table, cache_seqlens, **kwargs):
+            if len(read) + 1 == fail_at:
+                raise DraftError()
+            read.append((page_table.clone(), cache_seqlens))
+            return torch.zeros_like(qv)
+
+        with patch.object(
+            sparse_backend, "flash_attn_with_kvcache", flash_attn_with_kvcache
+        ):
+            yield found, read
+        found.extend(topk_indices for _, topk_indices in self.runner.runs)
+
+
+class DraftStepTests:
+    """index_share_for_mtp_iteration: one indexer run for a whole draft iteration."""
+
+    # Two contexts shorter than index_topk and one longer.
+    SEQ_LENS = [3, 20, 5]
+
+    module = None
+    worker_class = None
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        try:
+            module = importlib.import_module(cls.module)
+        except ModuleNotFoundError as e:
+            raise unittest.SkipTest(f"this release has no {cls.module}") from e
+        cls.draft_forward = staticmethod(
+            getattr(module, cls.worker_class).draft_forward
+        )
+
+    def make_worker(self, steps, share=True, **kwargs):
+        if share is not None:
+            kwargs["index_share_for_mtp_iteration"] = share
+        return DraftWorker(self.draft_forward, steps, **kwargs)
+
+    def assert_one_run(self, found, read, steps, what):
+        self.assertEqual(len(read), steps - 1, f"{what}: not every step attended")
+        self.assertEqual(
+            len(found),
+            1,
+            f"{what}: the indexer ran {len(found)} times in one draft iteration of "
+            f"{steps} steps, later steps did not reuse the first one's indices",
+        )
+        for step, (page_table, _) in enumerate(read):
+            self.assert_indices(
+                page_table,
+                found[0],
+                f"{what}: step {step} did not attend to the first step's indices",
+            )
+
+    def assert_a_run_for_each_step(self, found, read, steps, what):
+        self.assertEqual(len(read), steps - 1, f"{what}: not every step attended")
+        self.assertEqual(
+            len(found),
+            steps - 1,
+            f"{what}: a step reused indices that were not meant for it",
+        )
+        for step, (page_table, _) in enumerate(read):
+            self.assert_indices(
+                page_table,
+                found[step],
+                f"{what}: step {step} did not attend to its own indices",
+            )
+
+    def test_later_steps_reuse(self):
+        for steps in (2, 3, 5, 7):
+            worker = self.make_worker(steps)
+            found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
+            self.assert_one_run(found, read, steps, f"{steps} steps")
+
+    def test_later_steps_reuse_on_a_copy_of_the_batch(self):
+        # What a step writes to a copy of the batch is lost.
+        for copy_batch in (copy.copy, dataclasses.replace):
+            worker = self.make_worker(4, copy_batch=copy_batch)
+            batch = worker.make_batch(self.SEQ_LENS)
+            found, read = worker.iterate(batch)
+            self.assert_one_run(found, read, 4, f"batch by {copy_batch.__name__}")
+
+    def test_one_step(self):
+        worker = self.make_worker(1)
+        found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
+        self.assertEqual((len(found), len(read)), (0, 0))
+
+    def test_topk_above_one(self):
+        # Candidates are reordered between the steps.
+        for topk in (2, 3):
+            for steps in (3, 5):
+                worker = self.make_worker(steps, topk=topk)
+                found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
+                self.assert_a_run_for_each_step(
+                    found, read, steps, f"top-k {topk}, {steps} steps"
+                )
+
+    def test_not_configured(self):
+        for share in (None, False):
+            worker = self.make_worker(5, share=share)
+            found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
+            self.assert_a_run_for_each_step(
+                found, read, 5, f"index_share_for_mtp_iteration={share}"
+            )
+
+    def test_iterations_do_not_share(self):
+        worker = self.make_worker(4)
+        batch = worker.make_batch(self.SEQ_LENS)
+        first, read = worker.iterate(batch)
+        self.assert_one_run(first, read, 4, "first iteration")
+        for seq_lens in ([7, 24, 9], [8, 25]):
+            worker.refill_batch(batch, seq_lens)
+            found, read = worker.iterate(batch)
+            self.assertNotEqual(
+                len(found), 0, "an iteration reused the indices of an earlier one"
+            )
+            self.assert_one_run(found, read, 4, "later iteration")
+
+    def test_an_exception_ends_the_reuse(self):
+        for fail_at in (1, 2, 3):
+            worker = self.make_worker(4)
+            batch = worker.make_batch(self.SEQ_LENS)
+            with self.assertRaises(DraftError):
+                worker.iterate(batch, fail_at=fail_at)
+            worker.refill_batch(batch, self.SEQ_LENS)
+            found, read = worker.iterate(batch)
+            self.assertNotEqual(
+                len(found), 0, "an iteration reused the indices of one that failed"
+            )
+            self.assert_one_run(found, read, 4, f"after a failure at step {fail_at}")
+
+    def test_no_reuse_after_the_iteration(self):
+        worker = self.make_worker(4)
+        batch = worker.make_batch(self.SEQ_LENS)
+        worker.iterate(batch)
+        worker.refill_batch(batch, [7, 24, 9])
+        backend = worker.worker.draft_attn_backend.attn_backends[0]
+        with worker.recorded() as (found, read), attention_backend(backend, batch):
+            worker.runner.forward(batch)
+        self.assertEqual(
+            len(found), 1, "a forward pass after the iteration reused its indices"
+        )
+        self.assertTrue(torch.equal(read[0][0], found[0]))
+
+    def test_idle_batch(self):
+        # A rank without requests takes part in the iteration of the others.
+        worker = self.make_worker(4)
+        found, read = worker.iterate(worker.make_batch([]))
+        self.assertEqual((len(found), len(read)), (0, 0))
+        found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
+        self.assertGreater(len(found), 0)
+        idle, _ = worker.iterate(worker.make_batch([]))
+        self.assertEqual(len(idle), 0)
+
+    def test_fa3_reads_no_further_than_the_indices(self):
+        worker = self.make_worker(5)
+        found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
+        backends = worker.worker.draft_attn_backend.attn_backends
+        for step, (page_table, cache_seqlens) in enumerate(read):
+            num_valid = (page_table != -1).sum(dim=-1)
+            self.assertTrue(
+                torch.all(cache_seqlens <= num_valid),
+                f"step {step}: FlashAttention 3 reads {cache_seqlens.tolist()} entries "
+                f"of rows that have {num_valid.tolist()}, the rest is page -1",
+            )
+            self.assertTrue(
+                torch.equal(
+                    cache_seqlens.long(),
+                    torch.minimum(backends[step].own_lengths.long(), num_valid),
+                ),
+                f"step {step}: FlashAttention 3 reads less than there is",
+            )
+            self.assertEqual(cache_seqlens.dtype, torch.int32)
+
+    def test_fa3_lengths_without_reuse(self):
+        for kwargs in ({"share": False}, {"share": None}, {"topk": 2}):
+            worker = self.make_worker(4, **kwargs)
+            _, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
+            backends = worker.worker.draft_attn_backend.attn_backends
+            for (_, cache_seqlens), backend in zip(read, backends):
+                self.assertIs(
+                    cache_seqlens,
+                    backend.own_lengths,
+                    f"{kwargs}: the lengths are not the metadata's own",
+                )
+
+
+class TestEagleWorker(DraftStepTests, ModelTestCase):
+    module = "sglang.srt.speculative.eagle_worker"
+    worker_class = "EAGLEWorker"
+
+
+class TestEagleWorkerV2(DraftStepTests, ModelTestCase):
+    module = "sglang.srt.speculative.eagle_worker_v2"
+    worker_class = "EagleDraftWorker"
+
+
+class TestTwoBatchOverlapRefusal(ConfigOnDiskTestCase):
+    """Two-batch overlap drops the indices between layers."""
+
+    DEEPSEEK_V32 = {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "num_hidden_layers": 8,
+    }
+
+    def start(self, *configs, enable_two_batch_overlap=True, **kwargs):
+        path = self.write(TINY_MODEL, *configs, **kwargs)
+        # Model-specific defaults are written to the environment.
+        with (
+            patch.dict(os.environ),
+            patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        ):
+            server_args = ServerArgs(
+                model_path=path,
+                device="cpu",
+                moe_a2a_backend="deepep",
+                enable_two_batch_overlap=enable_two_batch_overlap,
+            )
+            server_args.check_server_args()
+
+    def assert_refused(self, *configs, **sharing):
+        try:
+            self.start(*configs, **sharing)
+        except ValueError as e:
+            for setting in ("enable-two-batch-overlap", *sharing):
+                self.assertIn(setting, str(e))
+        else:
+            self.fail(
+                "two-batch overlap was accepted for a model that shares indices "
+                f"across layers: {sharing}"
+            )
+
+    def test_deepseek_with_frequency(self):
+        self.assert_refused(self.DEEPSEEK_V32, index_topk_freq=4)
+
+    def test_deepseek_with_pattern(self):
+        self.assert_refused(self.DEEPSEEK_V32, index_topk_pattern="FSFSFSFS")
+
+    def test_glm_with_frequency(self):
+        self.assert_refused(GLM, index_topk_freq=4)
+
+    def test_glm_with_pattern(self):
+        self.assert_refused(GLM, index_topk_pattern="FSFSFSFS")
+
+    def test_without_sharing(self):
+        for model in (GLM, self.DEEPSEEK_V32):
+            for kwargs in (
+                {},
+                {"index_topk_freq": 1},
+                {"index_topk_freq": 1, "index_skip_topk_offset": 3},
+                {"index_topk_pattern": "FFFFFFFF"},
+            ):
+                self.start(model, **kwargs)
+
+    def test_without_two_batch_overlap(self):
+        for model in (GLM, self.DEEPSEEK_V32):
+            for kwargs in (
+                {"index_topk_freq": 4},
+                {"index_topk_pattern": "FSFSFSFS"},
+            ):
+                self.start(model, enable_two_batch_overlap=False, **kwargs)
+
+
+class TestTwoBatchOverlapFilter(ModelTestCase):
+    """filter_batch refuses a field with a value that it was not told about."""
+
+    # Set anew in the children, whatever the parent says.
+    RESET = {
+        "temp_scaled_logprobs",
+        "top_p_normalized_logprobs",
+        "return_hidden_states_before_norm",
+        "forward_metadata_ready",
+        "forward_metadata_replan_equivalent",
+    }
+
+    def split(self, **kwargs):
+        batch = make_decode_batch([3, 20, 5, 9], tbo_split_seq_index=2, **kwargs)
+        backend = TboAttnBackend(MagicMock(), [MagicMock(), MagicMock()])
+        with (
+            attention_backend(backend, batch),
+            patch(
+                "sglang.srt.batch_overlap.two_batch_overlap.get_attention_tp_size",
+                return_value=1,
+            ),
+        ):
+            TboForwardBatchPreparer.prepare_raw(
+                batch, tbo_children_num_token_non_padded=torch.tensor([2, 2])
+            )
+        return batch.tbo_children
+
+    def test_fields_at_their_defaults(self):
+        children = self.split()
+        self.assertEqual([child.batch_size for child in children], [2, 2])
+        self.assertEqual(
+            [child.seq_lens.tolist() for child in children], [[3, 20], [5, 9]]
+        )
+
+    def test_flags_reach_the_children(self):
+        fields = dataclasses.fields(ForwardBatch)
+        flags = [field for field in fields if isinstance(field.default, bool)]
+        self.assertGreater(len(flags), 0)
+        for flag in flags:
+            for value in (False, True):
+                for child in self.split(**{flag.name: value}):
+                    if flag.name not in self.RESET:
+                        self.assertIs(
+                            getattr(child, flag.name),
+                            value,
+                            f"{flag.name}={value} is lost in a child batch",
+                        )
+
+
+if __name__ == "__main__":
+    unittest.main()
