@@ -66,13 +66,22 @@ def wheels(tables: Catalog) -> Mapping[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def unpacked(wheels: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """Each wheel, unpacked; nothing may change these files, the trees below are hard links to them."""
+def unpacked(
+    wheels: Mapping[str, Path], tables: Catalog, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
+    """As much of each wheel, unpacked, as the tool looks at, and a file that it does not.
+
+    Nothing may change these files: the trees below are hard links to them.
+    """
     found = {}
-    for release, wheel in wheels.items():
-        found[release] = tmp_path_factory.mktemp(release)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(found[release])
+    for version, release in tables.releases.items():
+        info = f"sglang-{version}.dist-info"
+        others = [f"sglang/{name}.py" for name in ("__init__", "_version", "utils")]
+        others += [f"{info}/RECORD", f"{info}/METADATA"]
+        tree = tmp_path_factory.mktemp(str(version))
+        with zipfile.ZipFile(wheels[str(version)]) as archive:
+            archive.extractall(tree, [*patches.load(tables, release).files, *others])
+        found[str(version)] = tree
     return found
 
 
@@ -95,7 +104,7 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
 
 def link(source: Path, target: Path) -> Path:
     """A copy of a tree by hard links, as a package cache makes it."""
-    shutil.copytree(source, target, copy_function=os.link)
+    shutil.copytree(source, target, symlinks=True, copy_function=os.link)
     return target
 
 

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
-
-from sglang_patchset import patches, receipt, series, targets, transaction
+from sglang_patchset import receipt, series, targets, transaction
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.targets import Package
 
@@ -18,19 +16,6 @@ from .conftest import Command, digest, edit, link
 
 DSV4 = "dsv4-expert-distribution"
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
-
-
-@pytest.fixture(scope="session")
-def small(unpacked: Mapping[str, Path], tables: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As much of an unpacked 0.5.12 as the tool looks at."""
-    tree = tmp_path_factory.mktemp("small") / "tree"
-    source = unpacked["0.5.12"]
-    info = "sglang-0.5.12.dist-info"
-    others = ["sglang/__init__.py", "sglang/_version.py", f"{info}/RECORD", f"{info}/METADATA"]
-    for path in [*patches.load(tables, tables.default).files, *others]:
-        (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        os.link(source / path, tree / path)
-    return tree
 
 
 def killed(tables: Catalog, tree: Path, step: int) -> bool:
@@ -63,16 +48,19 @@ def killed(tables: Catalog, tree: Path, step: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def test_killed_at_every_step(small: Path, tables: Catalog, command: Command, tmp_path: Path) -> None:
-    before = digest(small)
-    done = link(small, tmp_path / "done")
+def test_killed_at_every_step(
+    unpacked: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
+) -> None:
+    published = unpacked["0.5.12"]
+    before = digest(published)
+    done = link(published, tmp_path / "done")
     assert command("apply", done, DSV4).code == 0
     after = digest(done)
     seen = set()
     step = 0
     while True:
         step += 1
-        tree = link(small, tmp_path / str(step))
+        tree = link(published, tmp_path / str(step))
         if not killed(tables, tree, step):
             break
         found = {path: value for path, value in digest(tree).items() if "patchset-transaction" not in path}
@@ -89,13 +77,13 @@ def test_killed_at_every_step(small: Path, tables: Catalog, command: Command, tm
         assert digest(tree) == expected
     assert digest(tree) == after
     assert seen == {"before", "interrupted", "after"}
-    assert digest(small) == before
+    assert digest(published) == before
 
 
-def interrupted(small: Path, tables: Catalog, tmp_path: Path) -> Path:
+def interrupted(published: Path, tables: Catalog, tmp_path: Path) -> Path:
     """A tree whose run was killed between two of its files."""
     for step in range(1, 1000):
-        tree = link(small, tmp_path / str(step))
+        tree = link(published, tmp_path / str(step))
         assert killed(tables, tree, step)
         if transaction.interrupted(tree / "sglang") and (tree / HASH_TOPK).stat().st_nlink == 1:
             return tree
@@ -103,9 +91,9 @@ def interrupted(small: Path, tables: Catalog, tmp_path: Path) -> Path:
 
 
 def test_an_edit_after_the_interruption_is_refused(
-    small: Path, tables: Catalog, command: Command, tmp_path: Path
+    unpacked: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
 ) -> None:
-    tree = interrupted(small, tables, tmp_path)
+    tree = interrupted(unpacked["0.5.12"], tables, tmp_path)
     edit(tree / HASH_TOPK, "# mine")
     before = digest(tree)
     for verb in ("apply", "revert"):
@@ -114,8 +102,7 @@ def test_an_edit_after_the_interruption_is_refused(
         assert digest(tree) == before
 
 
-def test_one_run_at_a_time(small: Path, command: Command, tmp_path: Path) -> None:
-    tree = link(small, tmp_path / "tree")
+def test_one_run_at_a_time(tree: Path, command: Command) -> None:
     before = digest(tree)
     with transaction.locked(tree / "sglang"):
         assert "another run is at work on it" in command("apply", tree).refusal()
@@ -123,8 +110,7 @@ def test_one_run_at_a_time(small: Path, command: Command, tmp_path: Path) -> Non
     assert command("apply", tree).code == 0
 
 
-def test_modes_are_kept_and_files_replaced(small: Path, command: Command, tmp_path: Path) -> None:
-    tree = link(small, tmp_path / "tree")
+def test_modes_are_kept_and_files_replaced(tree: Path, command: Command) -> None:
     file = tree / HASH_TOPK
     content = file.read_bytes()
     file.unlink()

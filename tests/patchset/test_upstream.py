@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import ZipFile
 
 from sglang_patchset.patches import Series
 
@@ -17,7 +18,7 @@ def git(repository: Path, *arguments: str) -> str:
 
 
 def test_one_commit_for_each_fix(
-    series: Series, wheels: Mapping[str, Path], unpacked: Mapping[str, Path], command: Command, tmp_path: Path
+    series: Series, wheels: Mapping[str, Path], command: Command, tmp_path: Path
 ) -> None:
     release = str(series.release.version)
     checkout = tmp_path / "checkout"
@@ -41,8 +42,10 @@ def test_one_commit_for_each_fix(
 
     # The base is the wheel's package, without what a build makes; the working tree runs with that.
     listed = set(git(checkout, "ls-tree", "-r", "-z", "--name-only", base).rstrip("\0").split("\0"))
-    files = [path for path in (unpacked[release] / "sglang").rglob("*") if path.is_file()]
-    built = {f"python/{path.relative_to(unpacked[release])}" for path in files} - listed
+    names = ZipFile(wheels[release]).namelist()
+    files = {f"python/{name}" for name in names if name.startswith("sglang/") and not name.endswith("/")}
+    built = files - listed
+    assert listed < files
     assert {Path(path).name.partition(".")[0] for path in built} == {"_version", "_core"}
     assert all((checkout / path).is_file() for path in built)
 

@@ -16,8 +16,9 @@ from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 from wheel.wheelfile import WheelFile
 
-from sglang_patchset import patches, receipt
+from sglang_patchset import patches, receipt, targets
 from sglang_patchset.catalog import Catalog
+from sglang_patchset.wheels import patch
 
 from .conftest import RELEASES, ROOT, Command
 from .test_install import environment, pip, site, tool
@@ -30,6 +31,14 @@ def members(wheel: Path) -> dict[str, tuple[bytes, int, tuple[int, ...]]]:
             info.filename: (archive.read(info), info.external_attr, info.date_time)
             for info in archive.infolist()
         }
+
+
+@pytest.fixture(scope="session")
+def built(wheels: Mapping[str, Path], tables: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The patched wheel of 0.5.12."""
+    target = targets.find(str(wheels["0.5.12"]))
+    assert isinstance(target, targets.Wheel)
+    return patch(tables, target, tmp_path_factory.mktemp("built"))
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -83,23 +92,19 @@ def test_apply_writes_beside_and_revert_keeps_what_lies_there(
     assert sorted(tmp_path.iterdir()) == sorted([published, patched])
 
 
-def test_same_bytes_every_time(wheels: Mapping[str, Path], tmp_path: Path) -> None:
-    built = []
-    for number, (zone, mask) in enumerate([("UTC", 0o022), ("Asia/Tokyo", 0o077)]):
-        out = tmp_path / str(number)
-        command = [sys.executable, "-m", "sglang_patchset", "wheel", str(wheels["0.5.12"]), str(out)]
-        env = {"PATH": os.environ["PATH"], "TZ": zone, "PYTHONPATH": str(ROOT / "python")}
-        subprocess.run(command, check=True, capture_output=True, env=env, umask=mask, cwd=tmp_path)
-        (wheel,) = out.iterdir()
-        built.append((wheel.name, wheel.read_bytes()))
-    assert built[0] == built[1]
+def test_same_bytes_every_time(wheels: Mapping[str, Path], built: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sglang_patchset", "wheel", str(wheels["0.5.12"]), "out"]
+    env = {"PATH": os.environ["PATH"], "TZ": "Asia/Tokyo", "PYTHONPATH": str(ROOT / "python")}
+    subprocess.run(command, check=True, capture_output=True, env=env, umask=0o077, cwd=tmp_path)
+    (again,) = (tmp_path / "out").iterdir()
+    assert (again.name, again.read_bytes()) == (built.name, built.read_bytes())
 
 
 def test_pip_takes_the_patched_wheel_over_the_published_one(
-    wheels: Mapping[str, Path], command: Command, tmp_path: Path
+    wheels: Mapping[str, Path], built: Path, tmp_path: Path
 ) -> None:
     shutil.copy(wheels["0.5.12"], tmp_path)
-    assert command("wheel", wheels["0.5.12"], tmp_path).code == 0
+    shutil.copy(built, tmp_path)
     python = environment(tmp_path / "venv")
     pip(
         python,
@@ -152,10 +157,9 @@ def test_tampered_wheels_are_refused(wheels: Mapping[str, Path], command: Comman
 
 @pytest.mark.parametrize("member", ["../evil.py", "/evil.py", "sglang/../../evil.py", "evil/__init__.py"])
 def test_members_outside_of_sglang_are_refused(
-    member: str, wheels: Mapping[str, Path], command: Command, tmp_path: Path
+    member: str, built: Path, command: Command, tmp_path: Path
 ) -> None:
-    assert command("wheel", wheels["0.5.12"], tmp_path).code == 0
-    (patched,) = tmp_path.glob("*.whl")
+    patched = Path(shutil.copy(built, tmp_path))
     with zipfile.ZipFile(patched, "a") as archive:
         archive.writestr(member, "")
     assert f"has the member {member}" in command("revert", patched).refusal()
@@ -163,17 +167,15 @@ def test_members_outside_of_sglang_are_refused(
 
 
 def test_a_changed_member_of_a_patched_wheel_is_refused(
-    wheels: Mapping[str, Path], command: Command, tmp_path: Path
+    built: Path, command: Command, tmp_path: Path
 ) -> None:
-    assert command("wheel", wheels["0.5.12"], tmp_path / "a").code == 0
-    (patched,) = (tmp_path / "a").glob("*.whl")
-    changed = tmp_path / patched.name
-    with zipfile.ZipFile(patched) as source, zipfile.ZipFile(changed, "w") as target:
+    changed = tmp_path / built.name
+    with zipfile.ZipFile(built) as source, zipfile.ZipFile(changed, "w") as target:
         for info in source.infolist():
             data = source.read(info)
             target.writestr(info, data + b"#" if info.filename == "sglang/utils.py" else data)
     assert "Hash mismatch for file 'sglang/utils.py'" in command("revert", changed).refusal()
-    assert not (tmp_path / wheels["0.5.12"].name).exists()
+    assert list(tmp_path.iterdir()) == [changed]
 
 
 @pytest.mark.parametrize(
