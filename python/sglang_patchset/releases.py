@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -70,7 +71,7 @@ def opened(wheel: Path) -> Iterator[WheelFile]:
                         f"{wheel}: has the member {name}, which is not SGLang's: download it again"
                     )
             yield archive
-    except (BadZipFile, WheelError) as error:
+    except (BadZipFile, WheelError, zlib.error) as error:
         raise PatchsetError(f"{wheel}: damaged ({error}): download or build it again") from None
 
 

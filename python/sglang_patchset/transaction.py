@@ -138,7 +138,7 @@ def _stage(staged: Path, new: bytes, path: Path) -> None:
     try:
         stat = path.stat()
     except FileNotFoundError:
-        pass
+        staged.chmod(0o644)  # whoever can read the package can read what is new in it, whatever the umask
     else:
         staged.chmod(stat.st_mode & 0o7777)
         if (stat.st_uid, stat.st_gid) != (os.geteuid(), os.getegid()):
