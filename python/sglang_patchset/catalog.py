@@ -109,6 +109,11 @@ class Catalog:
             raise PatchsetError(f"unknown fix {name}: choose from {', '.join(self.fixes)}") from None
 
 
+def published_version(version: Version) -> Version:
+    """The version without the mark of a patched wheel."""
+    return Version(version.public) if (version.local or "").startswith("patchset.") else version
+
+
 def load(root: Path | None = None) -> Catalog:
     """Read both tables from `root`, by default the patch set that came with this package."""
     root = root or _patches_dir()

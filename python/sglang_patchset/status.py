@@ -9,7 +9,7 @@ from enum import Enum
 from packaging.version import Version
 
 from sglang_patchset import patches, receipt, survey, transaction
-from sglang_patchset.catalog import Catalog, CellState, Fix, Release
+from sglang_patchset.catalog import Catalog, CellState, Fix, Release, published_version
 from sglang_patchset.receipt import Receipt
 from sglang_patchset.survey import Presence, Survey
 from sglang_patchset.targets import Package, Reader, Target
@@ -83,7 +83,7 @@ def _report(target: Target, found: Survey | None, statuses: Sequence[FixStatus])
 
 def _survey(catalog: Catalog, version: Version | None, read: Reader) -> Survey | None:
     """The survey of the pinned release that a tree is."""
-    claimed = catalog.releases.get(_without_patchset(version)) if version else None
+    claimed = catalog.releases.get(published_version(version)) if version else None
     taken = survey.take(patches.load(catalog, claimed), read) if claimed else None
     if taken and not any(state.problem for state in taken.files.values()):
         return taken
@@ -91,10 +91,6 @@ def _survey(catalog: Catalog, version: Version | None, read: Reader) -> Survey |
     others = [patches.load(catalog, each) for each in catalog.releases.values() if each is not claimed]
     fitting = [series for series in others if survey.matches(series, read)]
     return survey.take(fitting[0], read) if len(fitting) == 1 else taken
-
-
-def _without_patchset(version: Version) -> Version:
-    return Version(version.public) if (version.local or "").startswith("patchset.") else version
 
 
 def _by_bytes(fix: Fix, found: Survey, applied: Receipt | None) -> FixStatus:

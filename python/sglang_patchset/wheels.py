@@ -16,7 +16,7 @@ from packaging.version import Version
 from wheel.wheelfile import WheelFile
 
 from sglang_patchset import receipt, record, releases, series, status
-from sglang_patchset.catalog import Catalog
+from sglang_patchset.catalog import Catalog, published_version
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.status import FixState
 from sglang_patchset.targets import Wheel
@@ -33,7 +33,7 @@ def patch(catalog: Catalog, wheel: Wheel, out: Path) -> Path:
     Raises:
         PatchsetError: nothing was written, the message says why.
     """
-    if _is_patched(wheel):
+    if published_version(wheel.version) != wheel.version:
         _, missing = series.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
         if not missing:
             return wheel.file
@@ -137,7 +137,3 @@ def _like(member: ZipInfo, name: str) -> ZipInfo:
 def _name(wheel: Wheel, version: Version) -> str:
     """The file name of the same wheel in another version."""
     return wheel.file.name.replace(f"-{wheel.version}-", f"-{version}-", 1)
-
-
-def _is_patched(wheel: Wheel) -> bool:
-    return (wheel.version.local or "").startswith("patchset.")
