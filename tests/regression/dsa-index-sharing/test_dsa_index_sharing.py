@@ -555,18 +555,23 @@ class TestSchedule(ModelTestCase):
     """Which layers of a whole model run their indexer in one forward pass."""
 
     def run_model(self, config):
-        """Returns the indexer's runs and the indices that each layer attended to."""
-        runs = []
+        """Returns the indexer's runs, and for each layer the indices that it attended
+        to and those that it handed on."""
+        runs, handed_on = [], []
         with cpu_layers(runs):
             model = finish_loading(deepseek_v2.DeepseekV2Model(config))
+        for layer in model.layers:
+            layer.self_attn.register_forward_hook(
+                lambda attention, inputs, output: handed_on.append(output[1])
+            )
         batch = make_decode_batch([3, 20])
         backend = RecordingBackend()
         with attention_backend(backend, batch):
             model(batch.input_ids, batch.positions, batch)
-        return runs, backend.topk_indices
+        return runs, backend.topk_indices, handed_on
 
     def assert_schedule(self, config, expected, what):
-        runs, used = self.run_model(config)
+        runs, used, handed_on = self.run_model(config)
         computed = [layer_id for layer_id, _ in runs]
         if computed != expected:
             self.fail(
@@ -582,6 +587,13 @@ class TestSchedule(ModelTestCase):
                 indices,
                 f"{what}: layer {layer_id} did not attend to the indices of the last "
                 "layer that ran its indexer",
+            )
+        for layer_id in range(config.num_hidden_layers - 1):
+            self.assertEqual(
+                handed_on[layer_id] is not None,
+                layer_id + 1 not in found,
+                f"{what}: layer {layer_id} does not agree with layer {layer_id + 1} "
+                "on whether that one shares",
             )
 
     def test_glm_5_2(self):
@@ -1074,7 +1086,23 @@ class DraftStepTests:
         self.assertEqual(
             len(found), 1, "a forward pass after the iteration reused its indices"
         )
-        self.assertTrue(torch.equal(read[0][0], found[0]))
+        self.assert_indices(
+            read[0][0], found[0], "a forward pass did not attend to its own indices"
+        )
+
+    def test_forward_outside_of_an_iteration(self):
+        # E.g. a draft extend, whose spec_info is of another class.
+        worker = self.make_worker(4)
+        batch = worker.make_batch(self.SEQ_LENS)
+        batch.spec_info = SimpleNamespace(hidden_states=batch.spec_info.hidden_states)
+        backend = worker.worker.draft_attn_backend.attn_backends[0]
+        for _ in range(2):
+            with worker.recorded() as (found, read), attention_backend(backend, batch):
+                worker.runner.forward(batch)
+            self.assertEqual(len(found), 1)
+            self.assert_indices(
+                read[0][0], found[0], "a forward pass reused the indices of another"
+            )
 
     def test_idle_batch(self):
         # A rank without requests takes part in the iteration of the others.
