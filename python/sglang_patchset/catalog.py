@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -37,14 +38,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Fix:
-    """One fix; `cells` is keyed by version specifiers (PEP 440), of which at most one holds a release."""
+    """One fix; `cells` is keyed by version specifiers (PEP 440), of which at most one holds a release.
+
+    `code` names the files without which a release cannot have the bug. `reds` maps version specifiers to the
+    tests that fail on those releases as published, each with a regular expression for its failure's text.
+    """
 
     name: str
     upstream_pr: int
     title: str
     symptom: str
     test: str
+    code: tuple[str, ...]
     cells: Mapping[str, Cell]
+    reds: Mapping[str, Mapping[str, str]]
 
     def cell(self, version: Version) -> Cell | None:
         """The fix's state in that release; None for a release that nobody has looked at.
@@ -56,6 +63,11 @@ class Fix:
         return next(
             (cell for versions, cell in self.cells.items() if version in SpecifierSet(versions)), None
         )
+
+    def reds_of(self, version: Version) -> Mapping[str, str]:
+        """The tests that fail on that release as published, with their signatures."""
+        matching = (tests for versions, tests in self.reds.items() if version in SpecifierSet(versions))
+        return {name: signature for tests in matching for name, signature in tests.items()}
 
     def later(self, pinned: Iterable[Version]) -> list[str]:
         """The version specifiers of the cells that hold none of the pinned releases."""
@@ -86,11 +98,15 @@ class Release:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Both tables; `root` is the directory that holds them and each release's series."""
+    """Both tables; `root` is the directory that holds them and each release's series.
+
+    `references` are later releases, without a series, on which upstream's own fixes are tested.
+    """
 
     root: Path
     default: Release
     releases: Mapping[Version, Release]
+    references: Mapping[Version, Release]
     fixes: Mapping[str, Fix]
 
     def pinned(self) -> str:
@@ -118,17 +134,7 @@ def load(root: Path | None = None) -> Catalog:
     """Read both tables from `root`, by default the patch set that came with this package."""
     root = root or _patches_dir()
     table = tomllib.loads((root / "releases.toml").read_text(encoding="utf-8"))
-    releases = {
-        Version(version): Release(
-            version=Version(version),
-            date=entry["date"],
-            patchset=entry["patchset"],
-            python=tuple(entry["python"]),
-            runs_with=entry["runs-with"],
-            wheels=entry["wheels"],
-        )
-        for version, entry in table["releases"].items()
-    }
+    releases, references = (_releases(table[key]) for key in ("releases", "references"))
     fixes = {
         name: Fix(
             name=name,
@@ -136,14 +142,30 @@ def load(root: Path | None = None) -> Catalog:
             title=entry["title"],
             symptom=entry["symptom"],
             test=entry["test"],
+            code=tuple(entry["code"]),
             cells={
                 versions: Cell(CellState(cell["state"]), cell.get("note", ""))
                 for versions, cell in entry["releases"].items()
             },
+            reds=entry.get("reds", {}),
         )
         for name, entry in tomllib.loads((root / "fixes.toml").read_text(encoding="utf-8")).items()
     }
-    return Catalog(root, releases[Version(table["default"])], releases, fixes)
+    return Catalog(root, releases[Version(table["default"])], releases, references, fixes)
+
+
+def _releases(table: Mapping[str, Any]) -> dict[Version, Release]:
+    return {
+        Version(version): Release(
+            version=Version(version),
+            date=entry["date"],
+            patchset=entry.get("patchset", 0),
+            python=tuple(entry["python"]),
+            runs_with=entry["runs-with"],
+            wheels=entry["wheels"],
+        )
+        for version, entry in table.items()
+    }
 
 
 def _patches_dir() -> Path:

@@ -7,13 +7,15 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from sglang_patchset import __version__, catalog, releases, series, status, targets, upstream, wheels
+from sglang_patchset import __version__, catalog, releases, series, status, targets, upstream, verify, wheels
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.status import FixState, Report
 from sglang_patchset.targets import Package, Target, Wheel
+from sglang_patchset.verify import Outcome
 
 _COLOURS = {
     FixState.VULNERABLE: "red",
@@ -24,11 +26,15 @@ _COLOURS = {
 }
 
 
+_OUTCOME_COLOURS = {Outcome.RED: "red", Outcome.GREEN: "green", Outcome.NOT_RUN: "yellow"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0; 1 where `status` finds a vulnerable fix; 2 where it cannot tell, or for a refusal.
+        The exit code: 0; 1 where `status` finds a vulnerable fix, or `verify` a cell that does not hold; 2
+        where `status` cannot tell, or for a refusal.
     """
     tables = catalog.load()
     options = _parser(tables).parse_args(arguments)
@@ -82,6 +88,18 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
     verb.add_argument("directory", type=Path, metavar="DIR", help="what becomes the repository; new or empty")
     verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
     verb.set_defaults(run=_checkout)
+
+    verb = verbs.add_parser("verify", help="red on the published release, green on the patched one")
+    verb.add_argument("fixes", nargs="*", metavar="FIX", help="default: all")
+    versions = [*tables.releases, *tables.references]
+    verb.add_argument(
+        "--release",
+        choices=list(map(str, versions)),
+        metavar="RELEASE",
+        help=f"one of {', '.join(map(str, versions))} (default: all)",
+    )
+    verb.add_argument("--json", action="store_true", help="for machines")
+    verb.set_defaults(run=_verify)
     return parser
 
 
@@ -139,6 +157,47 @@ def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
         upstream.checkout(tables, published, options.directory)
     print(f"{options.directory}: `git log -p` there shows the fixes")
     return 0
+
+
+def _verify(tables: Catalog, options: argparse.Namespace) -> int:
+    fixes = [tables.fix(name) for name in options.fixes] or list(tables.fixes.values())
+    chosen = [
+        release
+        for version, release in {**tables.releases, **tables.references}.items()
+        if options.release in (None, str(version))
+    ]
+    verdicts = verify.run(tables, fixes, chosen, tables.root.parent / ".cache" / "trees")
+    if options.json:
+        values = [asdict(verdict) | {"holds": verdict.holds} for verdict in verdicts]
+        print(json.dumps(values, indent=2, default=lambda value: value.value))
+    else:
+        _print_table(
+            ("release", "tree", "fix", "outcome", "passed", "skipped", "seconds", ""),
+            [
+                (
+                    each.release,
+                    each.tree.value,
+                    each.fix,
+                    (
+                        each.outcome.value,
+                        _OUTCOME_COLOURS.get(each.outcome, "") if each.holds else "bold red",
+                    ),
+                    str(each.passed),
+                    str(each.skipped),
+                    str(each.seconds),
+                    each.detail or _red_signatures(each),
+                )
+                for each in verdicts
+            ],
+        )
+    return 0 if all(verdict.holds for verdict in verdicts) else 1
+
+
+def _red_signatures(verdict: verify.Verdict) -> str:
+    """How many tests are red, and the first one's words."""
+    if not verdict.signatures:
+        return ""
+    return f"{len(verdict.signatures)} red, as they should be: {next(iter(verdict.signatures.values()))}"
 
 
 def _target_and_fixes(tables: Catalog, names: list[str]) -> tuple[Target, list[str]]:

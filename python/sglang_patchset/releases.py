@@ -30,10 +30,17 @@ def obtain(catalog: Catalog, name: str, scratch: Path, find_links: Path | None =
     """
     wheel = Path(name)
     if wheel.suffix != ".whl":
-        wheel = _download(_release(catalog, name), scratch, find_links)
-    elif not wheel.is_file():
+        return fetch(_release(catalog, name), scratch, find_links)
+    if not wheel.is_file():
         raise PatchsetError(f"{wheel}: no such file: name a wheel, or one of {catalog.pinned()}")
     check(catalog, wheel)
+    return wheel
+
+
+def fetch(release: Release, scratch: Path, find_links: Path | None = None) -> Path:
+    """A release's published wheel by way of pip, as `obtain` gets it."""
+    wheel = _download(release, scratch, find_links)
+    _check_sha256(wheel, release)
     return wheel
 
 
@@ -44,12 +51,8 @@ def check(catalog: Catalog, wheel: Path) -> Release:
         PatchsetError: it is none of the pinned ones.
     """
     for release in catalog.releases.values():
-        if expected := release.wheels.get(wheel.name):
-            found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-            if found != expected:
-                raise PatchsetError(
-                    f"{wheel}: its sha256 is {found}, the published wheel's is {expected}: download it again"
-                )
+        if wheel.name in release.wheels:
+            _check_sha256(wheel, release)
             return release
     raise PatchsetError(f"{wheel}: not the wheel of a pinned release ({catalog.pinned()}): get one of those")
 
@@ -73,6 +76,15 @@ def opened(wheel: Path) -> Iterator[WheelFile]:
             yield archive
     except (BadZipFile, WheelError, zlib.error) as error:
         raise PatchsetError(f"{wheel}: damaged ({error}): download or build it again") from None
+
+
+def _check_sha256(wheel: Path, release: Release) -> None:
+    expected = release.wheels.get(wheel.name)
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != expected:
+        raise PatchsetError(
+            f"{wheel}: its sha256 is {found}, the published wheel's is {expected}: download it again"
+        )
 
 
 def _release(catalog: Catalog, name: str) -> Release:

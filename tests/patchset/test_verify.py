@@ -1,0 +1,169 @@
+"""What counts as a red, and as a green."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from sglang_patchset import verify
+from sglang_patchset.catalog import Catalog, Cell, CellState, Fix
+from sglang_patchset.verify import Outcome, Verdict
+
+from .conftest import Command
+
+TESTS = """
+import unittest
+import sglang
+
+class TestBug(unittest.TestCase):
+    def test_bug(self):
+        self.assertLess(sglang.value, 10, f"value {sglang.value} is out of range")
+
+    def test_each(self):
+        for number in range(3):
+            with self.subTest(number=number):
+                self.assertNotEqual(sglang.value, 99 + number, "subtest says so")
+
+    def test_guard(self):
+        self.assertGreater(sglang.value, 0)
+
+    @unittest.skipIf(sglang.value == 5, "no such thing here")
+    def test_optional(self):
+        pass
+"""
+REDS = {"TestBug::test_bug": r"value 99 is out of range", "TestBug::test_each": "subtest says so"}
+
+
+@pytest.fixture
+def bug(tables: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
+    """A clone of a patch set with one fix for 0.5.12, whose trees are a single module each."""
+    test = tmp_path / "clone" / "tests" / "test_bug.py"
+    test.parent.mkdir(parents=True)
+    test.write_text(TESTS)
+    fix = Fix(
+        name="bug",
+        upstream_pr=1,
+        title="",
+        symptom="",
+        test="tests/test_bug.py",
+        code=("sglang/bug.py",),
+        cells={"==0.5.12": Cell(CellState.PATCH)},
+        reds={"==0.5.12": REDS},
+    )
+    _tree(tmp_path / "trees" / "published", 99)
+    _tree(tmp_path / "trees" / "patched", 5)
+    monkeypatch.setattr(verify.Trees, "published", lambda *_: tmp_path / "trees" / "published")
+    monkeypatch.setattr(verify.Trees, "patched", lambda *_: tmp_path / "trees" / "patched")
+    monkeypatch.setattr(verify, "_check_interpreter", lambda: None)
+    return dataclasses.replace(tables, root=tmp_path / "clone" / "patches", fixes={"bug": fix})
+
+
+def _tree(directory: Path, value: int | str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "sglang.py").write_text(f"value = {value}\n")
+
+
+def _verify(tables: Catalog) -> list[Verdict]:
+    release = tables.releases[Version("0.5.12")]
+    return verify.run(tables, list(tables.fixes.values()), [release], tables.root)
+
+
+def _with(tables: Catalog, **changes: object) -> Catalog:
+    fix = dataclasses.replace(tables.fixes["bug"], **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(tables, fixes={"bug": fix})
+
+
+def test_red_and_green(bug: Catalog) -> None:
+    red, green = _verify(bug)
+    assert (red.outcome, red.detail) == (Outcome.RED, "")
+    assert red.signatures == {
+        "TestBug::test_bug": "value 99 is out of range",
+        "TestBug::test_each": "subtest says so",
+    }
+    assert (green.outcome, green.detail, green.skipped) == (Outcome.GREEN, "", 1)
+    assert red.holds
+    assert green.holds
+
+
+def test_red_without_its_signature(bug: Catalog) -> None:
+    reds = REDS | {"TestBug::test_bug": "illegal memory access"}
+    red, _ = _verify(_with(bug, reds={"==0.5.12": reds}))
+    assert (red.outcome, red.holds) == (Outcome.ERROR, False)
+    assert "TestBug::test_bug fails without its signature" in red.detail
+    assert "value 99 is out of range" in red.detail
+
+
+def test_failure_that_is_no_red(bug: Catalog) -> None:
+    red, _ = _verify(_with(bug, reds={"==0.5.12": {"TestBug::test_each": "subtest says so"}}))
+    assert red.outcome is Outcome.ERROR
+    assert red.detail.startswith("TestBug::test_bug fails: ")
+
+
+def test_bug_that_is_not_there(bug: Catalog) -> None:
+    _tree(bug.root.parents[1] / "trees" / "published", 6)
+    red, _ = _verify(bug)
+    assert red.outcome is Outcome.ERROR
+    assert red.detail == "TestBug::test_bug does not fail; TestBug::test_each does not fail"
+
+
+def test_fix_that_does_not_work(bug: Catalog) -> None:
+    _tree(bug.root.parents[1] / "trees" / "patched", 99)
+    _, green = _verify(bug)
+    assert (green.outcome, green.holds) == (Outcome.ERROR, False)
+    assert "TestBug::test_bug fails: AssertionError: 99 not less than 10" in green.detail
+
+
+def test_skipped_red_is_no_green(bug: Catalog) -> None:
+    _, green = _verify(_with(bug, reds={"==0.5.12": REDS | {"TestBug::test_optional": "any"}}))
+    assert (green.outcome, green.detail) == (Outcome.ERROR, "TestBug::test_optional did not run")
+
+
+def test_all_skipped_is_no_green(bug: Catalog) -> None:
+    test = bug.root.parent / "tests" / "test_bug.py"
+    test.write_text("import unittest\nraise unittest.SkipTest('needs a GPU')\n")
+    for verdict in _verify(bug):
+        assert (verdict.outcome, verdict.holds) == (Outcome.NOT_RUN, False)
+        assert "needs a GPU" in verdict.detail
+
+
+def test_import_error_is_no_red(bug: Catalog) -> None:
+    _tree(bug.root.parents[1] / "trees" / "published", "unknown")
+    red, _ = _verify(bug)
+    assert red.outcome is Outcome.ERROR
+    assert "the import fails: NameError: name 'unknown' is not defined" in red.detail
+
+
+def test_later_release_that_does_not_import(bug: Catalog) -> None:
+    release = bug.releases[Version("0.5.12")]
+    cells = {"==0.5.12": Cell(CellState.UPSTREAM)}
+    tables = dataclasses.replace(_with(bug, cells=cells, reds={}), references={release.version: release})
+    _tree(bug.root.parents[1] / "trees" / "published", "unknown")
+    (verdict,) = _verify(tables)
+    assert (verdict.outcome, verdict.holds) == (Outcome.NOT_RUN, True)
+    assert "NameError" in verdict.detail
+
+
+def test_absent_code(bug: Catalog) -> None:
+    tables = _with(bug, cells={"==0.5.12": Cell(CellState.NOT_AFFECTED)}, reds={})
+    (verdict,) = _verify(tables)
+    assert (verdict.outcome, verdict.holds) == (Outcome.ABSENT, True)
+    code = bug.root.parents[1] / "trees" / "published" / "sglang" / "bug.py"
+    code.parent.mkdir()
+    code.touch()
+    (verdict,) = _verify(tables)
+    assert (verdict.outcome, verdict.detail) == (Outcome.ERROR, "has sglang/bug.py")
+
+
+def test_interpreter_without_torch(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify.util, "find_spec", lambda name: None if name == "torch" else object())
+    assert "has no torch: run ./scripts/test.sh once" in command("verify").refusal()
+
+
+def test_the_tool_imports_neither_torch_nor_sglang() -> None:
+    code = "import sys, sglang_patchset.cli; sys.exit(bool({'torch', 'sglang'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
