@@ -1,0 +1,455 @@
+"""DSA top-k indices shared across layers and across the steps of a draft iteration.
+
+A small GLM checkpoint whose sharing layers have no indexer weights, prompts longer
+than index_topk: below that every token is selected and nothing shows.
+"""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from servers import launch_server
+from sglang.test.ci.ci_register import register_cuda_ci
+from sglang.test.test_utils import CustomTestCase
+from tiny_models import NUM_WORDS, glm_moe_dsa
+
+register_cuda_ci(est_time=300, suite="stage-b-test-1-gpu-large")
+
+SEED = int(os.environ.get("REGRESSION_SEED", "0"))
+PROMPT_LENS = (3000, 5200, 8000)
+SCORED = 64  # positions at the end of each prompt
+NUM_LAYERS = 6
+COMPUTING_LAYERS = (0, 1, 2)  # index_topk_freq 4, index_skip_topk_offset 3
+ARGS = [
+    *("--attention-backend", "nsa"),
+    *("--moe-runner-backend", "triton"),
+    *("--grammar-backend", "none"),
+    *("--mem-fraction-static", "0.6", "--max-total-tokens", "65536"),
+    *("--cuda-graph-max-bs", "4"),
+    *("--max-running-requests", "4"),
+    "--disable-radix-cache",
+]
+# With sharper attention, bf16 rounding grows as much as a wrong selection does.
+HEAD_GAIN = 3.0
+# Mean error of a log-probability: bf16 rounding alone makes it 0.03 to 0.05, another
+# selection of as many keys in the sharing layers 0.14 or more.
+TOLERANCE = 0.1
+
+
+def make_weights(config: Dict, seed: int) -> Dict[str, torch.Tensor]:
+    """bf16 weights under the names of a released checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(out_features: int, in_features: int, gain: float = 1.0):
+        weight = torch.randn(out_features, in_features, generator=generator)
+        return (weight * gain * in_features**-0.5).bfloat16()
+
+    hidden, q_lora, kv_lora = (
+        config["hidden_size"],
+        config["q_lora_rank"],
+        config["kv_lora_rank"],
+    )
+    heads, nope, rope, v_dim = (
+        config["num_attention_heads"],
+        config["qk_nope_head_dim"],
+        config["qk_rope_head_dim"],
+        config["v_head_dim"],
+    )
+    index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
+    ones = torch.ones
+
+    def mlp(prefix: str, size: int) -> Dict[str, torch.Tensor]:
+        return {
+            f"{prefix}.gate_proj.weight": linear(size, hidden),
+            f"{prefix}.up_proj.weight": linear(size, hidden),
+            f"{prefix}.down_proj.weight": linear(hidden, size),
+        }
+
+    weights = {
+        "model.embed_tokens.weight": torch.randn(
+            config["vocab_size"], hidden, generator=generator
+        ).bfloat16(),
+        "model.norm.weight": ones(hidden).bfloat16(),
+        "lm_head.weight": linear(config["vocab_size"], hidden, HEAD_GAIN),
+    }
+    for layer in range(config["num_hidden_layers"] + 1):
+        p = f"model.layers.{layer}"
+        a = f"{p}.self_attn"
+        weights |= {
+            f"{p}.input_layernorm.weight": ones(hidden).bfloat16(),
+            f"{p}.post_attention_layernorm.weight": ones(hidden).bfloat16(),
+            f"{a}.q_a_proj.weight": linear(q_lora, hidden),
+            f"{a}.q_a_layernorm.weight": ones(q_lora).bfloat16(),
+            f"{a}.q_b_proj.weight": linear(heads * (nope + rope), q_lora),
+            f"{a}.kv_a_proj_with_mqa.weight": linear(kv_lora + rope, hidden),
+            f"{a}.kv_a_layernorm.weight": ones(kv_lora).bfloat16(),
+            f"{a}.kv_b_proj.weight": linear(heads * (nope + v_dim), kv_lora),
+            f"{a}.o_proj.weight": linear(hidden, heads * v_dim),
+        }
+        is_nextn = layer == config["num_hidden_layers"]
+        if layer in COMPUTING_LAYERS or is_nextn:
+            weights |= {
+                f"{a}.indexer.wq_b.weight": linear(index_heads * index_dim, q_lora),
+                f"{a}.indexer.wk.weight": linear(index_dim, hidden),
+                f"{a}.indexer.k_norm.weight": ones(index_dim).bfloat16(),
+                f"{a}.indexer.k_norm.bias": torch.zeros(index_dim).bfloat16(),
+                f"{a}.indexer.weights_proj.weight": linear(index_heads, hidden),
+            }
+        if not is_nextn:
+            weights |= mlp(f"{p}.mlp", config["intermediate_size"])
+            continue
+        num_experts = config["n_routed_experts"]
+        weights |= {
+            f"{p}.enorm.weight": ones(hidden).bfloat16(),
+            f"{p}.hnorm.weight": ones(hidden).bfloat16(),
+            f"{p}.eh_proj.weight": linear(hidden, 2 * hidden),
+            f"{p}.shared_head.norm.weight": ones(hidden).bfloat16(),
+            f"{p}.mlp.gate.weight": linear(num_experts, hidden),
+            f"{p}.mlp.gate.e_score_correction_bias": torch.zeros(num_experts),
+        }
+        size = config["moe_intermediate_size"]
+        weights |= mlp(f"{p}.mlp.shared_experts", size)
+        for expert in range(num_experts):
+            weights |= mlp(f"{p}.mlp.experts.{expert}", size)
+    return weights
+
+
+class Reference:
+    """The model in plain torch and float32, with the indexer's fp8 rounding."""
+
+    CHUNK = 256  # queries at a time
+
+    def __init__(self, config: Dict, weights: Dict[str, torch.Tensor]):
+        self.config = config
+        self.weights = {k: v.cuda().float() for k, v in weights.items()}
+
+    def _rms_norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        eps = self.config["rms_norm_eps"]
+        norm = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return norm * self.weights[f"{name}.weight"]
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ self.weights[f"{name}.weight"].T
+
+    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Interleaved rotary embedding of (tokens, heads, dim)."""
+        dim = x.shape[-1]
+        exponents = torch.arange(0, dim, 2, device=x.device).double() / dim
+        frequencies = self.config["rope_theta"] ** -exponents
+        positions = torch.arange(x.shape[0], device=x.device).double()
+        angles = positions[:, None] * frequencies
+        cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack(
+            (even * cos - odd * sin, even * sin + odd * cos), -1
+        ).flatten(-2)
+
+    @staticmethod
+    def _hadamard(x: torch.Tensor) -> torch.Tensor:
+        matrix = torch.ones(1, 1, device=x.device)
+        while matrix.shape[0] < x.shape[-1]:
+            matrix = torch.cat(
+                (torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1))
+            )
+        return x @ matrix * x.shape[-1] ** -0.5
+
+    @staticmethod
+    def _fp8(x: torch.Tensor) -> torch.Tensor:
+        """Rounded to e4m3 with one power-of-two scale for the last dimension."""
+        amax = x.abs().amax(-1, keepdim=True).clamp(min=1e-4)
+        scale = torch.exp2(torch.ceil(torch.log2(amax / 448)))
+        return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+    def _index(self, x: torch.Tensor, q_lora: torch.Tensor, name: str):
+        """(tokens, tokens) mask of the selected keys."""
+        heads, dim = self.config["index_n_heads"], self.config["index_head_dim"]
+        rope = self.config["qk_rope_head_dim"]
+        num_tokens = x.shape[0]
+        query = self._linear(q_lora, f"{name}.wq_b").view(num_tokens, heads, dim)
+        key = self._linear(x, f"{name}.wk")
+        key = torch.nn.functional.layer_norm(
+            key,
+            (dim,),
+            self.weights[f"{name}.k_norm.weight"],
+            self.weights[f"{name}.k_norm.bias"],
+            1e-6,
+        )[:, None]
+        query, key = (
+            torch.cat((self._rotate(t[..., :rope]), t[..., rope:]), -1)
+            for t in (query, key)
+        )
+        query, key = (
+            self._fp8(self._hadamard(t.bfloat16().float())) for t in (query, key)
+        )
+        gates = self._linear(x, f"{name}.weights_proj") * heads**-0.5 * dim**-0.5
+        mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=x.device)
+        for start in range(0, num_tokens, self.CHUNK):
+            rows = slice(start, start + self.CHUNK)
+            scores = torch.einsum("qhd,kd->qhk", query[rows], key[:, 0]).relu()
+            scores = torch.einsum("qhk,qh->qk", scores, gates[rows])
+            causal = torch.ones_like(scores, dtype=torch.bool).tril(start)
+            scores.masked_fill_(~causal, -torch.inf)
+            topk = min(self.config["index_topk"], num_tokens)
+            selected = scores.topk(topk, dim=-1).indices
+            mask[rows].scatter_(1, selected, True)
+            mask[rows] &= causal
+        return mask
+
+    def _attention(self, x: torch.Tensor, q_lora: torch.Tensor, mask, name: str):
+        c = self.config
+        heads, nope, rope = (
+            c["num_attention_heads"],
+            c["qk_nope_head_dim"],
+            c["qk_rope_head_dim"],
+        )
+        num_tokens = x.shape[0]
+        query = self._linear(q_lora, f"{name}.q_b_proj").view(num_tokens, heads, -1)
+        latent = self._linear(x, f"{name}.kv_a_proj_with_mqa")
+        latent, k_rope = latent.split([c["kv_lora_rank"], rope], -1)
+        latent = self._rms_norm(latent, f"{name}.kv_a_layernorm")
+        kv = self._linear(latent, f"{name}.kv_b_proj").view(num_tokens, heads, -1)
+        key, value = kv.split([nope, c["v_head_dim"]], -1)
+        k_rope = self._rotate(k_rope[:, None]).expand(-1, heads, -1)
+        key = torch.cat((key, k_rope), -1)
+        query = torch.cat((query[..., :nope], self._rotate(query[..., nope:])), -1)
+        outputs = []
+        for start in range(0, num_tokens, self.CHUNK):
+            rows = slice(start, start + self.CHUNK)
+            scores = torch.einsum("qhd,khd->hqk", query[rows], key)
+            scores = scores * (nope + rope) ** -0.5
+            scores = scores.masked_fill(~mask[rows], -torch.inf).softmax(-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", scores, value).flatten(1))
+        return self._linear(torch.cat(outputs), f"{name}.o_proj")
+
+    @torch.inference_mode()
+    def logprobs(self, input_ids: List[int]) -> torch.Tensor:
+        """(tokens, vocabulary)"""
+        ids = torch.tensor(input_ids, device="cuda")
+        hidden = self.weights["model.embed_tokens.weight"][ids]
+        mask = None
+        for layer in range(self.config["num_hidden_layers"]):
+            p = f"model.layers.{layer}"
+            a = f"{p}.self_attn"
+            x = self._rms_norm(hidden, f"{p}.input_layernorm")
+            q_lora = self._rms_norm(
+                self._linear(x, f"{a}.q_a_proj"), f"{a}.q_a_layernorm"
+            )
+            if layer in COMPUTING_LAYERS:
+                mask = self._index(x, q_lora, f"{a}.indexer")
+            hidden = hidden + self._attention(x, q_lora, mask, a)
+            x = self._rms_norm(hidden, f"{p}.post_attention_layernorm")
+            gate = torch.nn.functional.silu(self._linear(x, f"{p}.mlp.gate_proj"))
+            x = gate * self._linear(x, f"{p}.mlp.up_proj")
+            hidden = hidden + self._linear(x, f"{p}.mlp.down_proj")
+        logits = self._linear(self._rms_norm(hidden, "model.norm"), "lm_head")
+        return logits.log_softmax(-1)
+
+
+def count_indexer_calls() -> None:
+    """Append a JSON line to $INDEXER_CALLS for each draft iteration.
+
+    Runs in the scheduler process: multiprocessing's spawn imports the main module,
+    this file, there again. Under CUDA graphs it counts what a graph captures.
+    """
+    from sglang.srt.layers.attention.nsa.nsa_indexer import Indexer
+    from sglang.srt.speculative import eagle_worker, eagle_worker_v2
+
+    calls = 0
+    forward_cuda = Indexer.forward_cuda
+
+    def counting_forward_cuda(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return forward_cuda(self, *args, **kwargs)
+
+    def counting(draft_forward):
+        def wrapped(self, forward_batch):
+            before = calls
+            result = draft_forward(self, forward_batch)
+            record = dict(
+                worker=type(self).__name__,
+                capturing=torch.cuda.is_current_stream_capturing(),
+                steps=self.speculative_num_steps,
+                calls=calls - before,
+            )
+            with open(os.environ["INDEXER_CALLS"], "a") as file:
+                file.write(json.dumps(record) + "\n")
+            return result
+
+        return wrapped
+
+    Indexer.forward_cuda = counting_forward_cuda
+    for worker in (eagle_worker.EAGLEWorker, eagle_worker_v2.EagleDraftWorker):
+        worker.draft_forward = counting(worker.draft_forward)
+
+
+Draft = collections.namedtuple("Draft", "spec_v2 steps graphs")
+DRAFTS = [
+    Draft(spec_v2=True, steps=3, graphs=True),
+    Draft(spec_v2=True, steps=5, graphs=False),
+    Draft(spec_v2=False, steps=5, graphs=True),
+    Draft(spec_v2=False, steps=3, graphs=False),
+]
+
+
+@unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
+class TestDSAIndexSharingCuda(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        from safetensors.torch import save_file
+
+        cls.folder = tempfile.TemporaryDirectory()
+        root = Path(cls.folder.name)
+        cls.model = glm_moe_dsa(root / "model", NUM_LAYERS)
+        cls.config = json.loads((root / "model" / "config.json").read_text())
+        cls.weights = make_weights(cls.config, SEED)
+        save_file(cls.weights, root / "model" / "model.safetensors")
+        # GLM-5.2's released file has a head_dim too, which the configuration class
+        # makes an alias of qk_rope_head_dim.
+        cls.model_with_head_dim = glm_moe_dsa(root / "head_dim", head_dim=192)
+        os.symlink(
+            root / "model" / "model.safetensors", root / "head_dim/model.safetensors"
+        )
+        generator = torch.Generator().manual_seed(SEED)
+        cls.prompts = [
+            torch.randint(3, NUM_WORDS - 1, (n,), generator=generator).tolist()
+            for n in PROMPT_LENS
+        ]
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.folder.cleanup()
+
+    def _errors(self, server, reference: List[torch.Tensor]) -> torch.Tensor:
+        """(prompts, SCORED) absolute errors of the prompts' log-probabilities."""
+        errors = []
+        for prompt, expected in zip(self.prompts, reference):
+            start = len(prompt) - SCORED - 1
+            result = server.generate(
+                [prompt], 1, return_logprob=True, logprob_start_len=start
+            )[0]
+            scored = result["meta_info"]["input_token_logprobs"][-SCORED:]
+            self.assertEqual([t for _, t, _ in scored], prompt[-SCORED:])
+            got = torch.tensor([p for p, _, _ in scored])
+            ids = torch.tensor(prompt[-SCORED:], device="cuda")
+            want = expected[-SCORED - 1 : -1].gather(1, ids[:, None])[:, 0].cpu()
+            errors.append((got - want).abs())
+        return torch.stack(errors)
+
+    def test_logprobs_equal_the_reference(self):
+        reference = Reference(self.config, self.weights)
+        expected = [reference.logprobs(prompt) for prompt in self.prompts]
+        del reference
+        torch.cuda.empty_cache()
+        with launch_server(self.model, ARGS) as server:
+            errors = self._errors(server, expected)
+        mean = errors.mean(-1)
+        print(f"mean errors {mean.tolist()}, largest {errors.max().item():.3f}")
+        self.assertLess(
+            mean.max().item(),
+            TOLERANCE,
+            f"logprobs off the torch reference of the sharing schedule by "
+            f"{mean.tolist()} on average",
+        )
+
+    def test_head_dim_leaves_qk_rope_head_dim_alone(self):
+        with launch_server(self.model_with_head_dim, ARGS) as server:
+            result = server.generate([self.prompts[0]], 4)[0]
+        self.assertEqual(len(result["output_ids"]), 4)
+
+    def _draft(self, draft: Draft) -> Dict:
+        calls = Path(self.folder.name) / f"calls-{'-'.join(map(str, draft))}"
+        args = ARGS + [
+            *("--speculative-algorithm", "EAGLE"),
+            *("--speculative-num-steps", str(draft.steps)),
+            *("--speculative-eagle-topk", "1"),
+            *("--speculative-num-draft-tokens", str(draft.steps + 1)),
+        ]
+        if not draft.graphs:
+            args.append("--disable-cuda-graph")
+        env = {
+            "INDEXER_CALLS": str(calls),
+            "SGLANG_ENABLE_SPEC_V2": str(draft.spec_v2),
+        }
+        command = [sys.executable, __file__, "serve"]
+        with launch_server(self.model, args, env, command) as server:
+            # One at a time and together; a short one crosses no top-k, but its
+            # draft steps grow past the indices that they reuse.
+            prompts = self.prompts[:2] + [self.prompts[0][:100]]
+            results = server.generate(prompts[:1], 24) + server.generate(prompts, 24)
+        outputs = [
+            (prompt, result["output_ids"])
+            for prompt, result in zip(prompts[:1] + prompts, results)
+        ]
+        records = [json.loads(line) for line in calls.read_text().splitlines()]
+        return dict(records=records, outputs=outputs)
+
+    def test_one_indexer_call_in_a_draft_iteration(self):
+        with ThreadPoolExecutor(len(DRAFTS)) as pool:
+            runs = dict(zip(DRAFTS, pool.map(self._draft, DRAFTS)))
+        for draft, run in runs.items():
+            with self.subTest(draft=draft):
+                captured = [r for r in run["records"] if r["capturing"]]
+                self.assertEqual(bool(captured), draft.graphs)
+                worker = "EagleDraftWorker" if draft.spec_v2 else "EAGLEWorker"
+                self.assertEqual({r["worker"] for r in run["records"]}, {worker})
+                calls = collections.Counter(r["calls"] for r in run["records"])
+                print(draft, calls)
+                self.assertEqual(
+                    set(calls) - {0},  # idle batches
+                    {1},
+                    f"the indexer ran {dict(calls)} times in a draft iteration of "
+                    f"{draft.steps} steps ({draft})",
+                )
+        self._check_outputs(runs)
+
+    def _check_outputs(self, runs: Dict[Draft, Dict]) -> None:
+        """Each token is what the target alone would say, but for rounding ties."""
+        with launch_server(self.model, ARGS) as server:
+            alone: Dict[int, List[int]] = {}
+            for draft, run in runs.items():
+                for prompt, output in run["outputs"]:
+                    if len(prompt) not in alone:
+                        plain = server.generate([prompt], len(output))[0]
+                        alone[len(prompt)] = plain["output_ids"]
+                    if output == alone[len(prompt)]:
+                        continue
+                    result = server.generate(
+                        [prompt + output],
+                        1,
+                        return_logprob=True,
+                        top_logprobs_num=1,
+                        logprob_start_len=len(prompt) - 1,
+                    )[0]["meta_info"]
+                    chosen = result["input_token_logprobs"][-len(output) :]
+                    best = result["input_top_logprobs"][-len(output) :]
+                    behind = [b[0][0] - c[0] for c, b in zip(chosen, best)]
+                    self.assertLess(
+                        max(behind),
+                        0.1,
+                        f"text differs from the one without speculation ({draft})",
+                    )
+
+
+if os.environ.get("INDEXER_CALLS") and __name__ in ("__main__", "__mp_main__"):
+    count_indexer_calls()
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        from sglang.srt.entrypoints.http_server import launch_server as serve
+        from sglang.srt.server_args import prepare_server_args
+
+        serve(prepare_server_args(sys.argv[2:]))
+    else:
+        unittest.main()

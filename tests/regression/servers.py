@@ -1,0 +1,89 @@
+"""A real SGLang server for a test, whose failure to start carries the reason."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Dict, Iterator, List, Optional
+
+import requests
+
+from sglang.srt.utils import kill_process_tree
+from sglang.srt.utils.network import get_open_port
+
+START_TIMEOUT = 420
+ERROR_LINE = re.compile(r"^.*?\w*(?:Error|Exception): .*$|^.*CUDA error.*$", re.M)
+
+
+class Server:
+    def __init__(self, url: str, log: IO[str]):
+        self.url = url
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def post(self, path: str, timeout: float = 300, **body):
+        response = requests.post(f"{self.url}/{path}", json=body, timeout=timeout)
+        response.raise_for_status()
+        return response
+
+    def generate(self, input_ids: List[List[int]], max_new_tokens: int, **body):
+        """Greedy; one result for each list of input ids, in their order."""
+        sampling_params = dict(
+            temperature=0, max_new_tokens=max_new_tokens, ignore_eos=True
+        )
+        return self.post(
+            "generate", input_ids=input_ids, sampling_params=sampling_params, **body
+        ).json()
+
+
+def _wait_until_healthy(process: subprocess.Popen, url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"it exited with code {process.returncode}")
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{url}/health_generate", timeout=30).ok:
+                return
+        time.sleep(1)
+    raise TimeoutError(f"it was not healthy within {START_TIMEOUT} s")
+
+
+@contextlib.contextmanager
+def launch_server(
+    model: str,
+    args: List[str],
+    env: Optional[Dict[str, str]] = None,
+    command: Optional[List[str]] = None,
+) -> Iterator[Server]:
+    """Start a server on a free port; an AssertionError quotes its log if it dies.
+
+    ``command`` replaces ``python -m sglang.launch_server``, for a test that runs the
+    server behind a script of its own.
+    """
+    port = get_open_port()
+    url = f"http://127.0.0.1:{port}"
+    command = command or [sys.executable, "-m", "sglang.launch_server"]
+    command = command + ["--model-path", model, "--port", str(port), *args]
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, **(env or {})}
+        )
+        server = Server(url, log)
+        try:
+            try:
+                _wait_until_healthy(process, url)
+            except (RuntimeError, TimeoutError) as e:
+                errors = dict.fromkeys(ERROR_LINE.findall(server.log))
+                reason = "\n".join(errors) or server.log[-4000:]
+                raise AssertionError(f"the server did not start: {e}\n{reason}") from e
+            yield server
+        finally:
+            kill_process_tree(process.pid)
