@@ -814,6 +814,42 @@ class TestGateNpu(GateTests, GateTestCase):
         return runs, backend.topk_indices[layer_id], output[1]
 
 
+class TestGateDensePrefill(ModelTestCase):
+    """Below index_topk tokens the indexer only stores its keys for later."""
+
+    def num_runs(self, layer_id, is_nextn=False):
+        runs = []
+        attention = build_attention(
+            GateTestCase.config, layer_id, runs, is_nextn=is_nextn
+        )
+        batch = make_decode_batch([3, 20], forward_mode=ForwardMode.EXTEND)
+        hidden_states = torch.zeros(2, HIDDEN_SIZE)
+        get_attn_tp_context().set_attn_inputs(
+            AttentionInputs(hidden_states, batch, attention.prepare_qkv_latent)
+        )
+        with (
+            attention_backend(RecordingBackend(), batch),
+            patch.object(attention, "_set_mla_kv_buffer", MagicMock()),
+            patch.object(attention, "_concat_and_cast_mha_k", MagicMock()),
+        ):
+            attention.forward_normal_prepare(
+                batch.positions, hidden_states, batch, zero_allocator=None
+            )
+        return len(runs)
+
+    def test_sharing_layer(self):
+        self.assertEqual(
+            self.num_runs(1),
+            0,
+            "a sharing layer ran its indexer in dense prefill, which has no weights in "
+            "the checkpoint",
+        )
+
+    def test_layers_with_an_indexer(self):
+        self.assertEqual(self.num_runs(0), 1)
+        self.assertEqual(self.num_runs(0, is_nextn=True), 1)
+
+
 class StubKVPool:
     """Enough of a KV cache for NativeSparseAttnBackend.forward_decode."""
 
@@ -843,7 +879,6 @@ def make_fa3_backend(lengths):
         metadata[f"{prefix}_cu_seqlens_k"] = None
         metadata[f"{prefix}_max_seqlen_q"] = 1
     backend.forward_metadata = SimpleNamespace(**metadata)
-    backend.own_lengths = metadata[f"{SPARSE_BACKEND}_cache_seqlens_int32"]
     return backend
 
 
@@ -926,15 +961,16 @@ class DraftWorker:
         batch.spec_info.topk_index = torch.arange(topk).repeat(bs, 1)
         batch.spec_info.hidden_states = torch.zeros(bs, HIDDEN_SIZE)
         self.worker.draft_attn_backend.attn_backends = [
-            make_fa3_backend((batch.positions + 1 + step).to(torch.int32))
-            for step in range(steps - 1)
+            # Every step's metadata has the lengths of the first.
+            make_fa3_backend((batch.positions + 1).to(torch.int32))
+            for _ in range(steps - 1)
         ]
 
     def iterate(self, batch, fail_at=None):
         """Runs one draft iteration.
 
-        Returns what the indexer found, and what FlashAttention 3 was asked to read at
-        each step. Raises DraftError at the kernel call number `fail_at`.
+        Returns what the indexer found, and the page table that FlashAttention 3 was
+        asked to read at each step. Raises DraftError at the kernel call number `fail_at`.
         """
         with self.recorded(fail_at) as (found, read):
             self.draft_forward(self.worker, batch)
@@ -945,10 +981,10 @@ class DraftWorker:
         self.runner.runs.clear()
         found, read = [], []
 
-        def flash_attn_with_kvcache(*, q, qv, page_table, cache_seqlens, **kwargs):
+        def flash_attn_with_kvcache(*, q, qv, page_table, **kwargs):
             if len(read) + 1 == fail_at:
                 raise DraftError()
-            read.append((page_table.clone(), cache_seqlens))
+            read.append(page_table.clone())
             return torch.zeros_like(qv)
 
         with patch.object(
@@ -991,7 +1027,7 @@ class DraftStepTests:
             f"{what}: the indexer ran {len(found)} times in one draft iteration of "
             f"{steps} steps, later steps did not reuse the first one's indices",
         )
-        for step, (page_table, _) in enumerate(read):
+        for step, page_table in enumerate(read):
             self.assert_indices(
                 page_table,
                 found[0],
@@ -1005,7 +1041,7 @@ class DraftStepTests:
             steps - 1,
             f"{what}: a step reused indices that were not meant for it",
         )
-        for step, (page_table, _) in enumerate(read):
+        for step, page_table in enumerate(read):
             self.assert_indices(
                 page_table,
                 found[step],
@@ -1087,7 +1123,7 @@ class DraftStepTests:
             len(found), 1, "a forward pass after the iteration reused its indices"
         )
         self.assert_indices(
-            read[0][0], found[0], "a forward pass did not attend to its own indices"
+            read[0], found[0], "a forward pass did not attend to its own indices"
         )
 
     def test_forward_outside_of_an_iteration(self):
@@ -1101,7 +1137,7 @@ class DraftStepTests:
                 worker.runner.forward(batch)
             self.assertEqual(len(found), 1)
             self.assert_indices(
-                read[0][0], found[0], "a forward pass reused the indices of another"
+                read[0], found[0], "a forward pass reused the indices of another"
             )
 
     def test_idle_batch(self):
@@ -1113,38 +1149,6 @@ class DraftStepTests:
         self.assertGreater(len(found), 0)
         idle, _ = worker.iterate(worker.make_batch([]))
         self.assertEqual(len(idle), 0)
-
-    def test_fa3_reads_no_further_than_the_indices(self):
-        worker = self.make_worker(5)
-        found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
-        backends = worker.worker.draft_attn_backend.attn_backends
-        for step, (page_table, cache_seqlens) in enumerate(read):
-            num_valid = (page_table != -1).sum(dim=-1)
-            self.assertTrue(
-                torch.all(cache_seqlens <= num_valid),
-                f"step {step}: FlashAttention 3 reads {cache_seqlens.tolist()} entries "
-                f"of rows that have {num_valid.tolist()}, the rest is page -1",
-            )
-            self.assertTrue(
-                torch.equal(
-                    cache_seqlens.long(),
-                    torch.minimum(backends[step].own_lengths.long(), num_valid),
-                ),
-                f"step {step}: FlashAttention 3 reads less than there is",
-            )
-            self.assertEqual(cache_seqlens.dtype, torch.int32)
-
-    def test_fa3_lengths_without_reuse(self):
-        for kwargs in ({"share": False}, {"share": None}, {"topk": 2}):
-            worker = self.make_worker(4, **kwargs)
-            _, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
-            backends = worker.worker.draft_attn_backend.attn_backends
-            for (_, cache_seqlens), backend in zip(read, backends):
-                self.assertIs(
-                    cache_seqlens,
-                    backend.own_lengths,
-                    f"{kwargs}: the lengths are not the metadata's own",
-                )
 
 
 class TestEagleWorker(DraftStepTests, ModelTestCase):
