@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
+from base64 import urlsafe_b64encode
+from collections.abc import Callable
 from pathlib import Path
 
 from sglang_patchset import patches, releases, series
@@ -26,28 +30,49 @@ class Trees:
         Raises:
             PatchsetError: the release's wheel cannot be got, or is not the published one.
         """
-        tree = self._directory / f"{release.version}-published"
-        if not tree.exists():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._directory) as scratch:
-                wheel = releases.fetch(release, Path(scratch))
-                draft = Path(scratch, "tree")
-                with releases.opened(wheel) as archive:
-                    archive.extractall(draft)
-                os.rename(draft, tree)
-        return tree
+        return self._tree(f"{release.version}-published", lambda draft: self._unpack(release, draft))
 
     def patched(self, release: Release) -> Path:
         """The release with every fix of its series. As `published` otherwise."""
         loaded = patches.load(self._catalog, release)
         digest = hashlib.sha256("".join(patch.sha256 for patch in loaded.patches).encode()).hexdigest()
-        tree = self._directory / f"{release.version}-patched-{digest[:12]}"
+        return self._tree(f"{release.version}-{digest[:12]}", lambda draft: self._patch(release, draft))
+
+    def _tree(self, name: str, make: Callable[[Path], None]) -> Path:
+        # The extension modules in it are for one Python.
+        tree = self._directory / f"{name}-{sys.implementation.cache_tag}"
+        if tree.exists() and not _intact(tree):
+            shutil.rmtree(tree)
         if not tree.exists():
-            published = self.published(release)
+            self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._directory) as scratch:
                 draft = Path(scratch, "tree")
-                # The bytecode of what the series leaves alone is good for the patched tree too.
-                shutil.copytree(published, draft)
-                series.apply(self._catalog, Package(draft / "sglang", release.version), ())
-                os.rename(draft, tree)
+                make(draft)
+                try:
+                    os.rename(draft, tree)
+                except OSError:
+                    if not tree.exists():  # else another run was quicker
+                        raise
         return tree
+
+    def _unpack(self, release: Release, draft: Path) -> None:
+        wheel = releases.fetch(release, draft.parent)
+        with releases.opened(wheel) as archive:
+            archive.extractall(draft)
+
+    def _patch(self, release: Release, draft: Path) -> None:
+        # The bytecode of what the series leaves alone is good for the patched tree too.
+        shutil.copytree(self.published(release), draft)
+        series.apply(self._catalog, Package(draft / "sglang", release.version), ())
+
+
+def _intact(tree: Path) -> bool:
+    """Whether every file is the one that RECORD lists: somebody may have tried something out here."""
+    (path,) = tree.glob("*.dist-info/RECORD")
+    for name, expected, _ in csv.reader(path.read_text(encoding="utf-8").splitlines()):
+        if expected:
+            file = tree / name
+            digest = hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
+            if urlsafe_b64encode(digest).rstrip(b"=").decode() != expected.removeprefix("sha256="):
+                return False
+    return True

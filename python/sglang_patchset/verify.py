@@ -7,15 +7,16 @@ Python path differs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from importlib import util
 from pathlib import Path
@@ -57,18 +58,19 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One test: `passed`, `failed` or `skipped`, with the text of its failure or skip."""
+    """One test: `passed`, `failed` or `skipped`; `texts` has each failure's words, or the reason to skip."""
 
     result: str
-    text: str = ""
+    seconds: float
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The outcome of one fix on one tree, against the expected one.
 
-    `signatures` maps each red test to the words of its signature as they were found; `detail` says what is
-    wrong, or why nothing was run.
+    `seconds` is what its tests took, importing SGLang aside. `signatures` maps each red test to the words of
+    its signature as they were found; `detail` says what is wrong, or why nothing was run.
     """
 
     release: str
@@ -85,8 +87,11 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the matrix is right about this; a later release need not run in this environment."""
-        return self.outcome is self.expected or (self.is_reference and self.outcome is Outcome.NOT_RUN)
+        """Whether the matrix is right about this; a later release need not import in this environment."""
+        imports = self.passed + self.skipped > 0
+        return self.outcome is self.expected or (
+            self.is_reference and self.outcome is Outcome.NOT_RUN and not imports
+        )
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,18 @@ def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], tre
                 path = shelf.patched(release) if tree is Tree.PATCHED else shelf.published(release)
                 groups.append((path, cells))
     # A tree is a process: importing SGLang takes longer than most tests.
+    processes: list[subprocess.Popen[str]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda group: _verify(catalog.root.parent, *group), groups)
-        return [verdict for verdicts in results for verdict in verdicts]
+        try:
+            results = [
+                pool.submit(_verify, catalog.root.parent, path, cells, processes) for path, cells in groups
+            ]
+            return [verdict for result in results for verdict in result.result()]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                _kill(process)
+            raise
 
 
 def _check_interpreter() -> None:
@@ -146,49 +160,53 @@ def _cells(catalog: Catalog, release: Release, tree: Tree, fixes: Iterable[Fix])
             yield _Cell(release, fix, tree, Outcome.GREEN, is_reference)
 
 
-def _verify(root: Path, tree: Path, cells: Sequence[_Cell]) -> list[Verdict]:
-    to_run = [cell for cell in cells if cell.expected is not Outcome.ABSENT]
-    start = time.monotonic()
-    cases, output = _run_tests(root, tree, [cell.fix.test for cell in to_run]) if to_run else ({}, "")
-    seconds = (time.monotonic() - start) / max(len(to_run), 1)
-    verdicts = []
-    for cell in cells:
-        if cell.expected is Outcome.ABSENT:
-            verdicts.append(_absent(cell, tree))
-        else:
-            verdicts.append(_judge(cell, cases.get(cell.fix.test, {}), output, seconds))
-    return verdicts
+def _verify(
+    root: Path, tree: Path, cells: Sequence[_Cell], processes: list[subprocess.Popen[str]]
+) -> list[Verdict]:
+    to_run = [cell.fix.test for cell in cells if cell.expected is not Outcome.ABSENT]
+    cases, output = _run_tests(root, tree, to_run, processes) if to_run else ({}, "")
+    return [
+        _absent(cell, tree)
+        if cell.expected is Outcome.ABSENT
+        else _judge(cell, cases.get(cell.fix.test, {}), output)
+        for cell in cells
+    ]
 
 
 def _absent(cell: _Cell, tree: Path) -> Verdict:
     found = [path for path in cell.fix.code if (tree / path).exists()]
     outcome = Outcome.ERROR if found else Outcome.ABSENT
     detail = f"has {', '.join(found)}" if found else ""
-    return _verdict(cell, outcome, 0, detail)
+    return _verdict(cell, outcome, {}, detail)
 
 
-def _run_tests(root: Path, tree: Path, files: Sequence[str]) -> tuple[dict[str, dict[str, Case]], str]:
+def _run_tests(
+    root: Path, tree: Path, files: Sequence[str], processes: list[subprocess.Popen[str]]
+) -> tuple[dict[str, dict[str, Case]], str]:
     """Each file's cases by `Class::test`, and the end of what pytest printed."""
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
         report = Path(scratch, "report.xml")
         command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "-W", "ignore"]
         command += ["--rootdir", str(root), "--import-mode", "importlib", "--override-ini", "addopts="]
         command += ["--override-ini", "junit_family=xunit1", f"--junitxml={report}", *files]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # What it starts ends with it.
+            start_new_session=True,
+        )
+        processes.append(process)
         try:
-            process = subprocess.run(
-                command,
-                cwd=root,
-                env=os.environ | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                timeout=_TIMEOUT,
-                check=False,
-            )
-            output = process.stdout
-        except subprocess.TimeoutExpired as error:
-            output = f"{(error.stdout or b'')!r}\nnot done within {_TIMEOUT} s"
+            output, _ = process.communicate(timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            output = process.communicate()[0] + f"\nnot done within {_TIMEOUT} s"
         cases: dict[str, dict[str, Case]] = {}
         if report.exists():
             for file, name, case in _cases(report):
@@ -197,86 +215,108 @@ def _run_tests(root: Path, tree: Path, files: Sequence[str]) -> tuple[dict[str, 
     return cases, output
 
 
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def _cases(report: Path) -> Iterator[tuple[str, str, Case]]:
     for element in ElementTree.parse(report).iter("testcase"):
         file = element.get("file", element.get("name", ""))
         # A class is a.b.file.Class; what stands for a whole file has none.
         owner = element.get("classname", "").rpartition(".")[2]
         name = f"{owner}::{element.get('name')}" if element.get("classname") else ""
+        seconds = float(element.get("time", 0))
         failures = [*element.findall("failure"), *element.findall("error")]
         if failures:
-            text = "\n".join(f"{each.get('message', '')}\n{each.text or ''}" for each in failures)
-            yield file, name, Case("failed", text)
+            yield file, name, Case("failed", seconds, tuple(_words(each.text or "") for each in failures))
         elif (skip := element.find("skipped")) is not None:
             # Where a whole file skips itself, the reason stands in the text alone.
-            yield file, name, Case("skipped", f"{skip.get('message', '')} {skip.text or ''}".strip())
+            yield file, name, Case("skipped", seconds, (f"{skip.get('message', '')} {skip.text or ''}",))
         else:
-            yield file, name, Case("passed")
+            yield file, name, Case("passed", seconds)
+
+
+def _words(text: str) -> str:
+    """What was raised, without the source around it: that may have a message in it that nobody raised."""
+    return "\n".join(line[1:].strip() for line in text.splitlines() if line.startswith("E "))
 
 
 def _worse(one: Case, other: Case) -> Case:
-    """Subtests have their test's name; one that fails is the test's failure."""
-    if one.result == other.result == "failed":
-        return Case("failed", f"{one.text}\n{other.text}")
-    return next((case for case in (one, other) if case.result == "failed"), one)
+    """Subtests have their test's name; one that fails is the test's failure, and each has to be judged."""
+    seconds = one.seconds + other.seconds
+    failed = [case for case in (one, other) if case.result == "failed"]
+    if failed:
+        return Case("failed", seconds, tuple(text for case in failed for text in case.texts))
+    return replace(one, seconds=seconds)
 
 
-def _judge(cell: _Cell, cases: Mapping[str, Case], output: str, seconds: float) -> Verdict:
-    failed = {name: case.text for name, case in cases.items() if case.result == "failed"}
-    skips = {case.text for case in cases.values() if case.result == "skipped"}
-    passed = sum(case.result == "passed" for case in cases.values())
-    counts = {"passed": passed, "skipped": sum(case.result == "skipped" for case in cases.values())}
+def _judge(cell: _Cell, cases: Mapping[str, Case], output: str) -> Verdict:
+    failed = {name: case.texts for name, case in cases.items() if case.result == "failed"}
+    passed = [name for name, case in cases.items() if case.result == "passed"]
     if not cases:
         last = output.strip().splitlines()[-1:] or ["pytest printed nothing"]
-        return _verdict(cell, Outcome.ERROR, seconds, f"no test ran: {last[0]}")
+        return _verdict(cell, Outcome.ERROR, cases, f"no test ran: {last[0]}")
     if "" in failed and cell.is_reference:
         # A later release may need later dependencies.
-        return _verdict(cell, Outcome.NOT_RUN, seconds, _last_line(failed[""]), **counts)
+        return _verdict(cell, Outcome.NOT_RUN, cases, _last_line(failed[""][0]))
     if not passed and not failed:
-        return _verdict(cell, Outcome.NOT_RUN, seconds, "; ".join(sorted(skips)), **counts)
+        reasons = sorted({text for case in cases.values() for text in case.texts})
+        return _verdict(cell, Outcome.NOT_RUN, cases, f"every test skips: {'; '.join(reasons)}")
     reds = cell.fix.reds_of(cell.release.version)
     allowed = {} if cell.tree is Tree.PATCHED else reds
-    signatures = {
-        name: match.group(0).strip()
-        for name, text in failed.items()
-        if name in allowed and (match := re.search(allowed[name], text))
-    }
+    signatures = {}
+    for name, texts in failed.items():
+        matches = [re.search(allowed[name], text) for text in texts] if name in allowed else [None]
+        if matches[0] and all(matches):
+            signatures[name] = matches[0].group(0)
     problems = [
-        f"{name or 'the import'} fails{' without its signature' * (name in allowed)}: {_last_line(text)}"
-        for name, text in failed.items()
+        f"{name or 'the import'} fails{' without its signature' * (name in allowed)}: {_last_line(texts[-1])}"
+        for name, texts in failed.items()
         if name not in signatures
     ]
     problems += [f"{name} does not fail" for name in allowed if name not in failed]
     if cell.tree is Tree.PATCHED:
-        problems += [
-            f"{name} did not run" for name in reds if cases.get(name, Case("skipped")).result == "skipped"
-        ]
+        problems += [f"{name} did not run" for name in reds if name not in passed and name not in failed]
     if cell.expected is Outcome.RED and not reds:
         problems.append("fixes.toml names no red test")
-    outcome = Outcome.ERROR if problems else cell.expected
-    return _verdict(cell, outcome, seconds, "; ".join(problems), signatures=signatures, **counts)
+    if cell.expected is Outcome.GREEN and not passed:
+        problems.append("no test passes")
+    if problems:
+        return _verdict(cell, Outcome.ERROR, cases, "; ".join(problems), signatures)
+    left_open = cell.expected is Outcome.GREEN and signatures
+    detail = f"left open: {', '.join(signatures)}" if left_open else ""
+    return _verdict(cell, cell.expected, cases, detail, signatures)
 
 
-def _verdict(cell: _Cell, outcome: Outcome, seconds: float, detail: str, **found: object) -> Verdict:
+def _verdict(
+    cell: _Cell,
+    outcome: Outcome,
+    cases: Mapping[str, Case],
+    detail: str,
+    signatures: Mapping[str, str] | None = None,
+) -> Verdict:
+    results = [case.result for case in cases.values()]
     return Verdict(
         release=str(cell.release.version),
         fix=cell.fix.name,
         tree=cell.tree,
         expected=cell.expected,
         outcome=outcome,
-        seconds=round(seconds, 1),
+        seconds=round(sum(case.seconds for case in cases.values()), 1),
         is_reference=cell.is_reference,
         detail=detail,
-        **found,  # type: ignore[arg-type]
+        signatures=signatures or {},
+        passed=results.count("passed"),
+        skipped=results.count("skipped"),
     )
 
 
-def _last_line(text: str) -> str:
+def _last_line(words: str) -> str:
     """The last exception's own line; SGLang's test case raises one more around each failure."""
-    lines = [line.removeprefix("E").strip() for line in text.splitlines()]
     errors = [
         line
-        for line in lines
+        for line in words.splitlines()
         if re.match(r"[\w.]*(Error|Exception)\b", line) and "retry() exceed" not in line
     ]
-    return (errors or [line for line in lines if line] or ["no message"])[-1][:300]
+    return (errors or words.splitlines() or ["no message"])[-1][:300]

@@ -123,6 +123,40 @@ def test_skipped_red_is_no_green(bug: Catalog) -> None:
     assert (green.outcome, green.detail) == (Outcome.ERROR, "TestBug::test_optional did not run")
 
 
+def test_words_of_the_source_are_no_signature(bug: Catalog) -> None:
+    test = bug.root.parent / "tests" / "test_bug.py"
+    test.write_text(
+        "import unittest\n"
+        "class TestBug(unittest.TestCase):\n"
+        "    def test_bug(self):\n"
+        "        self.assertTrue(open('/no/such/file'), 'value 99 is out of range')\n"
+    )
+    red, _ = _verify(_with(bug, reds={"==0.5.12": {"TestBug::test_bug": "value 99 is out of range"}}))
+    assert red.outcome is Outcome.ERROR
+    assert "TestBug::test_bug fails without its signature: FileNotFoundError" in red.detail
+
+
+def test_every_subtest_needs_the_signature(bug: Catalog) -> None:
+    test = bug.root.parent / "tests" / "test_bug.py"
+    test.write_text(
+        "import unittest\n"
+        "class TestBug(unittest.TestCase):\n"
+        "    def test_bug(self):\n"
+        "        for error in (ValueError('the bug'), ImportError('another')):\n"
+        "            with self.subTest(error=error):\n"
+        "                raise error\n"
+    )
+    red, _ = _verify(_with(bug, reds={"==0.5.12": {"TestBug::test_bug": "the bug"}}))
+    assert red.outcome is Outcome.ERROR
+
+
+def test_what_upstream_left_open(bug: Catalog) -> None:
+    tables = _with(bug, cells={"==0.5.12": Cell(CellState.UPSTREAM)})
+    (verdict,) = _verify(tables)
+    assert (verdict.outcome, verdict.holds) == (Outcome.GREEN, True)
+    assert verdict.detail == "left open: TestBug::test_bug, TestBug::test_each"
+
+
 def test_all_skipped_is_no_green(bug: Catalog) -> None:
     test = bug.root.parent / "tests" / "test_bug.py"
     test.write_text("import unittest\nraise unittest.SkipTest('needs a GPU')\n")
