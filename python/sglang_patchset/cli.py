@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from sglang_patchset import __version__, catalog, releases, series, status, targets, upstream, verify, wheels
 from sglang_patchset.catalog import Catalog
@@ -29,27 +33,57 @@ _COLOURS = {
 _OUTCOME_COLOURS = {Outcome.RED: "red", Outcome.GREEN: "green", Outcome.NOT_RUN: "yellow"}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise PatchsetError(f"{message}: see `{self.prog} --help`")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0; 1 where `status` finds a vulnerable fix, or `verify` a cell that does not hold; 2
-        where `status` cannot tell, or for a refusal.
+        The exit code: 0; 1 where `status` finds a vulnerable fix, `verify` a cell that does not hold, or the
+        output cannot be written; 2 where `status` cannot tell, or for a refusal; 130 for Ctrl-C.
     """
-    tables = catalog.load()
-    options = _parser(tables).parse_args(arguments)
+    # Written at the end: a failure of the output is none of the verb.
+    output = io.StringIO()
     try:
-        code: int = options.run(tables, options)
+        with contextlib.redirect_stdout(output):
+            tables = catalog.load()
+            options = _parser(tables).parse_args(arguments)
+            code: int = options.run(tables, options)
     except (PatchsetError, OSError) as error:
         print(f"sglang-patchset: {error}", file=sys.stderr)
         return 2
-    return code
+    except KeyboardInterrupt:
+        print("sglang-patchset: interrupted: run it again", file=sys.stderr)
+        return 130
+    except SystemExit:  # --help and --version
+        code = 0
+    return code if _write(output.getvalue()) else code or 1
+
+
+def _write(text: str) -> bool:
+    """Write to stdout; False where that fails. A reader that has enough, as `head` does, is no failure."""
+    if sys.stdout is None:
+        return True
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return True
+        print(f"sglang-patchset: done, but stdout cannot be written to: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _parser(tables: Catalog) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sglang-patchset", description="Bug fixes for pinned SGLang releases."
-    )
+    parser = _Parser(prog="sglang-patchset", description="Bug fixes for pinned SGLang releases.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     target = "`installed` (this interpreter's), a directory, or a wheel file (default: installed)"
@@ -265,5 +299,6 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str,
     table = Table(*header, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*(Text.assemble(cell) for cell in row))
+    terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
     # What is read by another program is not folded to the width of a terminal.
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
+    Console(force_terminal=terminal or None, width=None if terminal else 240).print(table)
