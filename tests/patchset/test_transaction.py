@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 from sglang_patchset import receipt, series, targets, transaction
 from sglang_patchset.catalog import Catalog
@@ -100,6 +103,61 @@ def test_an_edit_after_the_interruption_is_refused(
         refusal = command(verb, tree).refusal()
         assert f"{tree / HASH_TOPK}: edited after a run was interrupted" in refusal
         assert digest(tree) == before
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("verb", ["apply", "revert"])
+def test_a_file_that_cannot_be_replaced(
+    links: bool, verb: str, tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a bind mount answers, which no permission tells in advance."""
+    if verb == "revert":
+        assert command("apply", tree).code == 0
+    before = digest(tree)
+    stuck = tree / "sglang-0.5.12.dist-info" / "RECORD"
+    replace, link_ = os.replace, os.link
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == stuck:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        replace(source, target)
+
+    def other_device(source: Path, target: Path, **options: bool) -> None:
+        if not links:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        link_(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "link", other_device)
+    assert f"{stuck}: cannot be replaced (Device or resource busy)" in command(verb, tree).refusal()
+    assert digest(tree) == before
+    monkeypatch.undo()
+    assert command(verb, tree).code == 0
+    assert digest(tree) != before
+
+
+@pytest.mark.parametrize("journal", ["", "{}}", "[1]", '[{"path": 1, "old": null, "new": null}]'])
+def test_a_damaged_journal(journal: str, tree: Path, command: Command) -> None:
+    directory = tree / "sglang" / ".patchset-transaction"
+    directory.mkdir()
+    (directory / "journal.json").write_text(journal)
+    before = digest(tree)
+    refusal = command("apply", tree).refusal()
+    assert "journal.json: damaged: " in refusal
+    assert f"remove {directory}" in refusal
+    assert digest(tree) == before
+
+
+def test_a_package_behind_a_link(tree: Path, command: Command, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "far" / "away"
+    elsewhere.parent.mkdir()
+    (tree / "sglang").rename(elsewhere)
+    (tree / "sglang").symlink_to(elsewhere)
+    before = digest(tree), digest(elsewhere)
+    assert command("apply", tree).code == 0
+    assert "sglang/_patchset.json" in (tree / "sglang-0.5.12.dist-info" / "RECORD").read_text()
+    assert command("revert", tree).code == 0
+    assert (digest(tree), digest(elsewhere)) == before
 
 
 def test_one_run_at_a_time(tree: Path, command: Command) -> None:
