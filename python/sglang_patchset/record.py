@@ -20,7 +20,7 @@ def update(record: bytes, changes: Mapping[str, Change]) -> bytes:
     added = {path: new for path, (old, new) in changes.items() if old is None and new is not None}
     lines = []
     for line in record.decode("utf-8").splitlines(keepends=True):
-        path = next(csv.reader([line]))[0]
+        path = _path(line)
         old, new = changes.get(path, (None, None))
         if old is not None and new is None:
             continue
@@ -40,8 +40,20 @@ def move(record: bytes, old: str, new: str) -> bytes:
 
 
 def lists(record: bytes, path: str) -> bool:
-    """Whether RECORD has a line for this file."""
-    return any(row and row[0] == path for row in csv.reader(record.decode("utf-8").splitlines()))
+    """Whether RECORD has a line for this file.
+
+    Raises:
+        ValueError: it is no RECORD; where it is one, `update` and `move` can read it as well.
+    """
+    try:
+        return path in [_path(line) for line in record.decode("utf-8").splitlines(keepends=True)]
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+
+
+def _path(line: str) -> str:
+    row = next(csv.reader([line]))
+    return row[0] if row else ""
 
 
 def _entry(data: bytes) -> str:

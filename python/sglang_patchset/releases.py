@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from wheel.wheelfile import WheelError, WheelFile
 
 from sglang_patchset.catalog import Catalog, Release
 from sglang_patchset.errors import PatchsetError
+
+# What zipfile and wheel raise over a bad archive: an encrypted member and an unknown compression are a
+# RuntimeError, a malformed RECORD is a ValueError, a missing member a KeyError.
+_DAMAGES = (BadZipFile, WheelError, zlib.error, csv.Error, EOFError, RuntimeError, ValueError, KeyError)
 
 
 def obtain(catalog: Catalog, name: str, scratch: Path, find_links: Path | None = None) -> Path:
@@ -74,7 +79,7 @@ def opened(wheel: Path) -> Iterator[WheelFile]:
                         f"{wheel}: has the member {name}, which is not SGLang's: download it again"
                     )
             yield archive
-    except (BadZipFile, WheelError, zlib.error) as error:
+    except _DAMAGES as error:
         raise PatchsetError(f"{wheel}: damaged ({error}): download or build it again") from None
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -56,10 +57,24 @@ class Package:
 
     def record(self) -> Path | None:
         """The RECORD that lists the package's files; an editable install's lists none of them."""
-        candidates = sorted(self.directory.parent.glob("sglang-*.dist-info/RECORD"))
-        return next(
-            (path for path in candidates if record.lists(path.read_bytes(), "sglang/__init__.py")), None
-        )
+        found = []
+        for path in sorted(self.directory.parent.glob("sglang-*.dist-info/RECORD")):
+            try:
+                if record.lists(path.read_bytes(), "sglang/__init__.py"):
+                    found.append(path)
+            except ValueError as error:
+                raise PatchsetError(f"{path}: damaged ({error}): reinstall SGLang") from None
+        if len(found) > 1:
+            # What an interrupted upgrade left says another version.
+            names = [path.parent.name.removeprefix("sglang-").removesuffix(".dist-info") for path in found]
+            ours = [path for path, name in zip(found, names, strict=True) if _parse(name) == self.version]
+            if len(ours) != 1:
+                raise PatchsetError(
+                    f"{self.directory.parent}: the dist-info of SGLang {' and '.join(names)} lie in it, and "
+                    f"the package is {self.version or 'of no version'}: uninstall SGLang and install it again"
+                )
+            found = ours
+        return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ def _installed() -> Package:
     spec = util.find_spec("sglang")
     if spec is None or spec.origin is None:
         raise PatchsetError("this interpreter has no sglang: name the environment or directory that has it")
-    return _package(Path(spec.origin).resolve().parent, _first(metadata.distributions(name="sglang")))
+    return _package(Path(spec.origin).resolve().parent, _distributions(None)[:1])
 
 
 def _wheel(path: Path) -> Wheel:
@@ -136,9 +151,7 @@ def _wheel(path: Path) -> Wheel:
 def _packages(directory: Path) -> Iterator[Package]:
     for candidate in (directory, directory / "sglang", directory / "python" / "sglang"):
         if _is_package(candidate):
-            yield _package(
-                candidate, _first(metadata.distributions(name="sglang", path=[str(candidate.parent)]))
-            )
+            yield _package(candidate, _distributions(candidate.parent))
             return
     sites = [
         directory,
@@ -146,18 +159,26 @@ def _packages(directory: Path) -> Iterator[Package]:
         *directory.glob("lib/python3*/dist-packages"),
     ]
     for site in sites:
-        distribution = _first(metadata.distributions(name="sglang", path=[str(site)]))
-        if distribution is None:
+        distributions = _distributions(site)
+        if not distributions:
             continue
-        for root in (site, _editable_root(distribution)):
+        for root in (site, *map(_editable_root, distributions)):
             if root and _is_package(root / "sglang"):
-                yield _package((root / "sglang").resolve(), distribution)
+                yield _package((root / "sglang").resolve(), distributions)
                 break
+
+
+def _distributions(site: Path | None) -> list[metadata.Distribution]:
+    """What says that it is SGLang in a directory of packages; None stands for this interpreter's path."""
+    return list(metadata.distributions(name="sglang", path=sys.path if site is None else [str(site)]))
 
 
 def _editable_root(distribution: metadata.Distribution) -> Path | None:
     """Where an editable install's packages lie (PEP 610)."""
-    url = urlsplit(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
+    try:
+        url = urlsplit(json.loads(distribution.read_text("direct_url.json") or "")["url"])
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
     return Path(unquote(url.path)) if url.scheme == "file" else None
 
 
@@ -165,11 +186,14 @@ def _is_package(directory: Path) -> bool:
     return (directory / "__init__.py").is_file() and (directory / "srt").is_dir()
 
 
-def _package(directory: Path, distribution: metadata.Distribution | None) -> Package:
+def _package(directory: Path, distributions: Sequence[metadata.Distribution]) -> Package:
     version_file = directory / "_version.py"
-    match = _VERSION.search(version_file.read_text(encoding="utf-8")) if version_file.is_file() else None
-    claim = match["version"] if match else distribution.version if distribution else None
-    return Package(directory, _parse(claim))
+    text = version_file.read_text(encoding="utf-8", errors="replace") if version_file.is_file() else ""
+    if match := _VERSION.search(text):
+        return Package(directory, _parse(match["version"]))
+    claims = {_parse(distribution.version) for distribution in distributions}
+    # Where they differ, none is to be believed.
+    return Package(directory, claims.pop() if len(claims) == 1 else None)
 
 
 def _parse(claim: str | None) -> Version | None:
@@ -177,7 +201,3 @@ def _parse(claim: str | None) -> Version | None:
         return Version(claim) if claim else None
     except InvalidVersion:
         return None
-
-
-def _first(distributions: Iterable[metadata.Distribution]) -> metadata.Distribution | None:
-    return next(iter(distributions), None)

@@ -238,3 +238,47 @@ def test_json_has_these_keys(tree: Path, command: Command, tables: Catalog) -> N
     for fix in report["fixes"]:
         assert list(fix) == ["name", "upstream_pr", "state", "detail"]
         assert isinstance(fix["upstream_pr"], int)
+
+
+def test_the_record_of_an_interrupted_upgrade(tree: Path, command: Command) -> None:
+    """Of two dist-infos, the one of the package's own version is the package's."""
+    ours = tree / "sglang-0.5.12.dist-info" / "RECORD"
+    other = tree / "sglang-0.5.11.dist-info" / "RECORD"
+    other.parent.mkdir()
+    other.write_bytes(ours.read_bytes())
+    before = digest(tree)
+    assert command("apply", tree).code == 0
+    assert receipt.PATH in ours.read_text()
+    assert receipt.PATH not in other.read_text()
+    assert command("revert", tree).code == 0
+    assert digest(tree) == before
+    ours.parent.rename(tree / "sglang-0.5.10.dist-info")
+    assert "the dist-info of SGLang 0.5.10 and 0.5.11 lie in it" in command("apply", tree).refusal()
+
+
+def test_a_record_with_blank_lines(tree: Path, command: Command) -> None:
+    edit(tree / "sglang-0.5.12.dist-info" / "RECORD", "\n")
+    before = digest(tree)
+    assert command("apply", tree).code == 0
+    assert command("revert", tree).code == 0
+    assert digest(tree) == before
+
+
+def test_damaged_metadata(tree: Path, command: Command) -> None:
+    info = tree / "sglang-0.5.12.dist-info"
+    for text in (b"{", b"[]", b'{"url": 1}', b"\xff"):
+        (info / "direct_url.json").write_bytes(text)
+        assert command("status", tree).code == 1
+        # An editable install has nothing but its dist-info there.
+        (tree / "sglang").rename(tree / "elsewhere")
+        assert "no SGLang in it" in command("status", tree).refusal()
+        (tree / "elsewhere").rename(tree / "sglang")
+    version = tree / "sglang" / "_version.py"
+    version.unlink()
+    version.write_bytes(b"\xff\n")
+    assert "SGLang 0.5.12 " in command("status", tree).out
+    (info / "RECORD").unlink()
+    (info / "RECORD").write_bytes(b"sglang/\xff.py,,\n")
+    before = digest(tree)
+    assert f"{info / 'RECORD'}: damaged " in command("apply", tree).refusal()
+    assert digest(tree) == before

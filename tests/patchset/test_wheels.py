@@ -16,8 +16,9 @@ from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 from wheel.wheelfile import WheelFile
 
-from sglang_patchset import patches, receipt, targets
+from sglang_patchset import patches, receipt, releases, targets
 from sglang_patchset.catalog import Catalog
+from sglang_patchset.errors import PatchsetError
 from sglang_patchset.wheels import patch
 
 from .conftest import RELEASES, ROOT, Command
@@ -176,6 +177,22 @@ def test_a_changed_member_of_a_patched_wheel_is_refused(
             target.writestr(info, data + b"#" if info.filename == "sglang/utils.py" else data)
     assert "Hash mismatch for file 'sglang/utils.py'" in command("revert", changed).refusal()
     assert list(tmp_path.iterdir()) == [changed]
+
+
+@pytest.mark.parametrize("damage", ["encrypted", "compression", "RECORD", "METADATA"])
+def test_a_damaged_wheel_is_refused(damage: str, tmp_path: Path) -> None:
+    wheel = tmp_path / "sglang-0.5.12-py3-none-any.whl"
+    info = "sglang-0.5.12.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{info}/RECORD", "one,column\n" if damage == "RECORD" else f"{info}/RECORD,,\n")
+    # The first member's header in the archive's directory: its flags and its compression.
+    data = bytearray(wheel.read_bytes())
+    start = data.index(b"PK\x01\x02")
+    data[start + 8] |= damage == "encrypted"
+    data[start + 10] = 99 if damage == "compression" else 0
+    wheel.write_bytes(data)
+    with pytest.raises(PatchsetError, match="damaged"), releases.opened(wheel) as opened:
+        opened.read(f"{info}/METADATA")
 
 
 @pytest.mark.parametrize(
