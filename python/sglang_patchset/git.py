@@ -11,7 +11,15 @@ from pathlib import Path
 from sglang_patchset.errors import PatchsetError
 
 # Neither the user's configuration nor a repository around the working directory may change what git does.
-_CONFIG = ("core.autocrlf=false", "core.eol=lf", "core.fileMode=true", "core.fsmonitor=false")
+_CONFIG = (
+    "core.autocrlf=false",
+    "core.eol=lf",
+    "core.fileMode=true",
+    "core.fsmonitor=false",
+    # Without these, git takes ~/.config/git/ignore and attributes even where it reads no configuration.
+    f"core.excludesFile={os.devnull}",
+    f"core.attributesFile={os.devnull}",
+)
 
 
 def blob_id(data: bytes) -> str:
@@ -56,6 +64,7 @@ def _call(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> subpro
     clean |= {
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_ATTR_NOSYSTEM": "1",
         "GIT_CEILING_DIRECTORIES": str(cwd.resolve().parent),
         "LC_ALL": "C",  # messages are told apart by their text
     }

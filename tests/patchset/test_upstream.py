@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from zipfile import ZipFile
 
+import pytest
+
 from sglang_patchset.patches import Series
 
 from .conftest import Command
@@ -56,3 +58,20 @@ def test_same_commits_every_time(wheels: Mapping[str, Path], command: Command, t
         assert command("checkout", wheels["0.5.11"], tmp_path / name).code == 0
         heads.add(git(tmp_path / name, "rev-parse", "HEAD"))
     assert len(heads) == 1
+
+
+def test_the_user_s_own_git_files_change_nothing(
+    tree: Path, wheels: Mapping[str, Path], command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert command("checkout", wheels["0.5.12"], tmp_path / "plain").code == 0
+    own = tmp_path / "home" / ".config" / "git"
+    own.mkdir(parents=True)
+    (own / "ignore").write_text("*.json\n*_test.py\n")
+    (own / "attributes").write_text("*.py text eol=crlf ident\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    assert command("checkout", wheels["0.5.12"], tmp_path / "own").code == 0
+    heads = {git(tmp_path / name, "rev-parse", "HEAD") for name in ("plain", "own")}
+    assert len(heads) == 1
+    assert command("apply", tree).code == 0
+    assert command("status", tree).code == 0
