@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 import subprocess
 import sys
 import zlib
@@ -21,6 +22,8 @@ from sglang_patchset.errors import PatchsetError
 # What zipfile and wheel raise over a bad archive: an encrypted member and an unknown compression are a
 # RuntimeError, a malformed RECORD is a ValueError, a missing member a KeyError.
 _DAMAGES = (BadZipFile, WheelError, zlib.error, csv.Error, EOFError, RuntimeError, ValueError, KeyError)
+
+_UNREACHED = re.compile(r"Could not fetch URL (\S+): (.+?)(?: for url: \S+)? - skipping")
 
 
 def obtain(catalog: Catalog, name: str, scratch: Path, find_links: Path | None = None) -> Path:
@@ -107,20 +110,31 @@ def _download(release: Release, scratch: Path, find_links: Path | None) -> Path:
     # With the hashes in its hands, pip refuses anything but the published wheels before it opens them.
     hashes = [f"--hash=sha256:{sha256}" for sha256 in release.wheels.values()]
     requirements.write_text(" ".join([requirement, *hashes]) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--dest", str(scratch), "--requirement", str(requirements)]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    # Only its verbose output says what a package index answered; it must not wait for a password.
+    command += ["-vv", "--no-input", "--dest", str(scratch), "--requirement", str(requirements)]
     if find_links:
         command += ["--no-index", "--find-links", str(find_links)]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
     if result.returncode:
-        raise PatchsetError(_reason(release, result.stderr))
+        raise PatchsetError(_reason(release, result.stdout, result.stderr))
     (wheel,) = scratch.glob("*.whl")
     return wheel
 
 
-def _reason(release: Release, stderr: str) -> str:
+def _reason(release: Release, stdout: str, stderr: str) -> str:
     """What a failed download means to its user."""
     requirement = f"sglang=={release.version}"
+    # An index that does not have SGLang says 404; another one may have it.
+    failures = [each for each in _UNREACHED.findall(stdout) if not each[1].startswith("404 ")]
+    if failures:
+        url, reason = failures[0]
+        return (
+            f"{requirement}: pip cannot reach {url} ({reason}): check the network and pip's index and "
+            "credentials, or name a wheel file"
+        )
     if "DO NOT MATCH THE HASHES" in stderr:
         return f"{requirement}: what pip found is not the published wheel: check pip's index and find-links"
     if "No matching distribution found" in stderr:

@@ -8,7 +8,7 @@ from enum import Enum
 
 from packaging.version import Version
 
-from sglang_patchset import patches, receipt, survey, transaction
+from sglang_patchset import git, patches, receipt, survey, transaction
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release, published_version
 from sglang_patchset.receipt import Receipt
 from sglang_patchset.survey import Presence, Survey
@@ -72,7 +72,7 @@ def examine(catalog: Catalog, target: Target) -> Report:
     with target.reader() as read:
         found = _survey(catalog, target.version, read)
         if found is None:
-            return _report(target, None, [_by_version(fix, target.version) for fix in fixes])
+            return _report(target, None, [_by_version(catalog, fix, target.version, read) for fix in fixes])
         applied = receipt.parse(read(receipt.PATH))
     return _report(target, found, [_by_bytes(fix, found, applied) for fix in fixes])
 
@@ -102,16 +102,31 @@ def _by_bytes(fix: Fix, found: Survey, applied: Receipt | None) -> FixStatus:
     presence, reason = found.presence(patch)
     if presence is Presence.UNKNOWN and applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
         reason = f"applied by {applied.tool} from another patch: revert it with that version"
-    return FixStatus(fix, _FROM_TREE[presence], reason or cell.note)
+    # The note says what the release lacks.
+    note = "" if presence is Presence.IN else cell.note
+    return FixStatus(fix, _FROM_TREE[presence], reason or note)
 
 
-def _by_version(fix: Fix, version: Version | None) -> FixStatus:
+def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reader) -> FixStatus:
     if version is None:
         return FixStatus(fix, FixState.UNKNOWN, "no version, and the files are not those of a pinned release")
     if cell := fix.cell(version):
+        if reason := _contradiction(catalog, fix, read):
+            return FixStatus(fix, FixState.UNKNOWN, f"the version says {version}, but {reason}")
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     if version.is_prerelease or version.local:
         reason = f"SGLang {version} is no release, and the files are not those of a pinned one"
     else:
         reason = f"SGLang {version} is none of the releases that were looked at: update sglang-patchset"
     return FixStatus(fix, FixState.UNKNOWN, reason)
+
+
+def _contradiction(catalog: Catalog, fix: Fix, read: Reader) -> str:
+    """A file that a pinned release needs the fix in, and that is that release's own; no later one has it."""
+    for release in catalog.releases.values():
+        series = patches.load(catalog, release)
+        for path in (path for patch in series.patches if patch.fix == fix.name for path in patch.files):
+            content = read(path)
+            if content is not None and git.blob_id(content) == series.published_id(path):
+                return f"{path} is that of SGLang {release.version}"
+    return ""

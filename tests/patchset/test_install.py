@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
-from sglang_patchset import receipt
+from sglang_patchset import patches, receipt
 from sglang_patchset.catalog import Catalog
 
 from .conftest import ROOT, Command, digest, edit, link
@@ -198,10 +199,10 @@ def test_two_environments_of_one_prefix(tree: Path, command: Command, tmp_path: 
     assert "more than one SGLang" in command("status", tmp_path / "venv").refusal()
 
 
-def test_versions_that_are_not_pinned(tree: Path, command: Command) -> None:
-    files = ["sglang/" + HASH_TOPK, "sglang/srt/server_args.py", "sglang/srt/models/deepseek_v2.py"]
-    for file in files:
-        edit(tree / file, "# as some other release has it")
+def test_versions_that_are_not_pinned(tree: Path, command: Command, tables: Catalog) -> None:
+    series = patches.load(tables, tables.releases[Version("0.5.12")])
+    for path in series.files:
+        edit(tree / path, "# as some other release has it")
     for version, code, states in [
         ("0.5.13", 0, {"fixed upstream"}),
         ("0.5.10", 2, {"unknown"}),
@@ -220,6 +221,22 @@ def test_versions_that_are_not_pinned(tree: Path, command: Command) -> None:
         before = digest(tree)
         assert f"SGLang {version}, not a pinned release" in command("apply", tree).refusal()
         assert digest(tree) == before
+
+
+def test_a_later_version_with_a_vulnerable_file(tree: Path, command: Command) -> None:
+    for file in (tree / "sglang" / HASH_TOPK, tree / "sglang" / "srt" / "server_args.py"):
+        edit(file, "# mine")
+    (tree / "sglang" / "_version.py").unlink()
+    (tree / "sglang" / "_version.py").write_text("__version__ = version = '0.5.13'\n")
+    result = command("status", tree, "--json")
+    fix = next(fix for fix in json.loads(result.out)["fixes"] if fix["name"] == "swa-graph-padding")
+    assert (result.code, fix["state"]) == (2, "unknown")
+    assert "the version says 0.5.13, but sglang/srt/model_executor/" in fix["detail"]
+
+
+def test_a_fix_that_is_in_has_no_open_remark(tree: Path, command: Command) -> None:
+    assert "upstream missed" in command("status", tree).out
+    assert "upstream missed" not in command("apply", tree).out
 
 
 def test_a_wrong_version_does_not_hide_a_pinned_release(tree: Path, command: Command) -> None:

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,32 @@ def test_what_is_no_wheel(command: Command, tmp_path: Path, wheels: Mapping[str,
         (tmp_path / name).write_bytes(b"")
         command("apply", tmp_path / name).refusal()
     assert "pip finds no wheel" in command("wheel", "0.5.12", "--find-links", ROOT / "tests").refusal()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, None])
+def test_an_index_that_refuses(
+    status: int | None, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status or 500)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        port = server.server_port if status else 1
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+        monkeypatch.setenv("PIP_RETRIES", "0")
+        refusal = command("wheel", "0.5.12", tmp_path / "out").refusal()
+        server.shutdown()
+    if status == 404:
+        assert "pip finds no wheel" in refusal
+    else:
+        assert "pip cannot reach http://127.0.0.1:" in refusal
+        assert str(status or "connection error") in refusal
 
 
 def test_single_fixes_are_for_installed_packages(wheels: Mapping[str, Path], command: Command) -> None:
