@@ -9,6 +9,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 tool=$root/.venv-tool
 
+command -v "$python" >/dev/null || {
+    echo "patch.sh: $python: no such Python: PYTHON=/path/to/python3.12 $0" >&2
+    exit 2
+}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "patch.sh: $python is older than Python 3.10: PYTHON=/path/to/python3.12 $0" >&2
     exit 2
@@ -18,7 +22,13 @@ links=()
 arguments=("$@")
 for ((i = 0; i < $#; i++)); do
     case ${arguments[i]} in
-        --find-links) links=(--no-index --find-links "${arguments[i + 1]:?}") ;;
+        --find-links)
+            ((i + 1 < $#)) || {
+                echo "patch.sh: --find-links: name a directory of wheels after it" >&2
+                exit 2
+            }
+            links=(--no-index --find-links "${arguments[i + 1]}")
+            ;;
         --find-links=*) links=(--no-index "${arguments[i]}") ;;
     esac
 done

@@ -27,8 +27,12 @@ def checkout(catalog: Catalog, wheel: Path, directory: Path) -> None:
         PatchsetError: nothing was made, the message says why.
     """
     release = releases.check(catalog, wheel)
+    directory = directory.resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PatchsetError(f"{directory}: not an empty directory: name a new one")
+    # The repository takes the directory's place, which the one that a shell is in, or a mount, cannot give.
+    if directory == Path.cwd() or directory.is_mount():
+        raise PatchsetError(f"{directory}: the working directory, or a mount: name a new one below it")
     series = patches.load(catalog, release)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".patchset-") as scratch:

@@ -166,3 +166,24 @@ def test_checkout_needs_a_new_directory(wheels: Mapping[str, Path], command: Com
     refusal = command("checkout", wheels["0.5.12"], tmp_path).refusal()
     assert "not an empty directory" in refusal
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+
+def test_checkout_is_not_the_working_directory(
+    wheels: Mapping[str, Path], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refusal = command("checkout", wheels["0.5.12"], ".").refusal()
+    assert f"{tmp_path}: the working directory, or a mount" in refusal
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_patch_sh_says_what_it_lacks() -> None:
+    script = str(ROOT / "scripts" / "patch.sh")
+    for python, arguments, message in [
+        ("nonexist", [], "patch.sh: nonexist: no such Python: "),
+        (sys.executable, ["0.5.12", "--find-links"], "patch.sh: --find-links: name a directory"),
+    ]:
+        env = {**os.environ, "PYTHON": python}
+        done = subprocess.run([script, *arguments], capture_output=True, text=True, env=env, check=False)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith(message)

@@ -54,6 +54,8 @@ def test_one_commit_for_each_fix(
 
 def test_same_commits_every_time(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:
     heads = set()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "b").symlink_to("empty")
     for name in ("a", "b"):
         assert command("checkout", wheels["0.5.11"], tmp_path / name).code == 0
         heads.add(git(tmp_path / name, "rev-parse", "HEAD"))
