@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from base64 import urlsafe_b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 # What a file was and what it becomes; None stands for no file.
 Change = tuple["bytes | None", "bytes | None"]
@@ -49,6 +49,16 @@ def lists(record: bytes, path: str) -> bool:
         return path in [_path(line) for line in record.decode("utf-8").splitlines(keepends=True)]
     except csv.Error as error:
         raise ValueError(str(error)) from None
+
+
+def intact(record: bytes, read: Callable[[str], bytes | None]) -> bool:
+    """Whether `read` gives every file that has a hash in RECORD the bytes that it lists."""
+    rows = csv.reader(record.decode("utf-8").splitlines())
+    for path, digest, size in (row for row in rows if row and row[1]):
+        data = read(path)
+        if data is None or _entry(data) != f"{digest},{size}":
+            return False
+    return True
 
 
 def _path(line: str) -> str:

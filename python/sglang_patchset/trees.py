@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import shutil
 import sys
 import tempfile
-from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_patchset import patches, releases, series
+from sglang_patchset import patches, record, releases, series
 from sglang_patchset.catalog import Catalog, Release
 from sglang_patchset.targets import Package
 
@@ -69,10 +67,6 @@ class Trees:
 def _intact(tree: Path) -> bool:
     """Whether every file is the one that RECORD lists: somebody may have tried something out here."""
     (path,) = tree.glob("*.dist-info/RECORD")
-    for name, expected, _ in csv.reader(path.read_text(encoding="utf-8").splitlines()):
-        if expected:
-            file = tree / name
-            digest = hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
-            if urlsafe_b64encode(digest).rstrip(b"=").decode() != expected.removeprefix("sha256="):
-                return False
-    return True
+    return record.intact(
+        path.read_bytes(), lambda name: (tree / name).read_bytes() if (tree / name).is_file() else None
+    )

@@ -68,6 +68,10 @@ def _tree(directory: Path, value: int | str) -> None:
     (directory / "sglang.py").write_text(f"value = {value}\n")
 
 
+def _write_test(tables: Catalog, source: str) -> None:
+    (tables.root.parent / tables.fixes["bug"].test).write_text(source)
+
+
 def _verify(tables: Catalog) -> list[Verdict]:
     release = tables.releases[Version("0.5.12")]
     return verify.run(tables, list(tables.fixes.values()), [release], tables.root)
@@ -124,12 +128,12 @@ def test_skipped_red_is_no_green(bug: Catalog) -> None:
 
 
 def test_words_of_the_source_are_no_signature(bug: Catalog) -> None:
-    test = bug.root.parent / "tests" / "test_bug.py"
-    test.write_text(
+    _write_test(
+        bug,
         "import unittest\n"
         "class TestBug(unittest.TestCase):\n"
         "    def test_bug(self):\n"
-        "        self.assertTrue(open('/no/such/file'), 'value 99 is out of range')\n"
+        "        self.assertTrue(open('/no/such/file'), 'value 99 is out of range')\n",
     )
     red, _ = _verify(_with(bug, reds={"==0.5.12": {"TestBug::test_bug": "value 99 is out of range"}}))
     assert red.outcome is Outcome.ERROR
@@ -137,14 +141,14 @@ def test_words_of_the_source_are_no_signature(bug: Catalog) -> None:
 
 
 def test_every_subtest_needs_the_signature(bug: Catalog) -> None:
-    test = bug.root.parent / "tests" / "test_bug.py"
-    test.write_text(
+    _write_test(
+        bug,
         "import unittest\n"
         "class TestBug(unittest.TestCase):\n"
         "    def test_bug(self):\n"
         "        for error in (ValueError('the bug'), ImportError('another')):\n"
         "            with self.subTest(error=error):\n"
-        "                raise error\n"
+        "                raise error\n",
     )
     red, _ = _verify(_with(bug, reds={"==0.5.12": {"TestBug::test_bug": "the bug"}}))
     assert red.outcome is Outcome.ERROR
@@ -158,8 +162,7 @@ def test_what_upstream_left_open(bug: Catalog) -> None:
 
 
 def test_all_skipped_is_no_green(bug: Catalog) -> None:
-    test = bug.root.parent / "tests" / "test_bug.py"
-    test.write_text("import unittest\nraise unittest.SkipTest('needs a GPU')\n")
+    _write_test(bug, "import unittest\nraise unittest.SkipTest('needs a GPU')\n")
     for verdict in _verify(bug):
         assert (verdict.outcome, verdict.holds) == (Outcome.NOT_RUN, False)
         assert "needs a GPU" in verdict.detail

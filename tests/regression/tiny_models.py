@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any, Dict
 
 NUM_WORDS = 1000
+COMMON = dict(
+    torch_dtype="bfloat16",
+    bos_token_id=1,
+    eos_token_id=2,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+)
 
 
 def _write_model(path: Path, config: Dict[str, Any]) -> str:
@@ -28,7 +35,7 @@ def _write_model(path: Path, config: Dict[str, Any]) -> str:
         bos_token="<s>",
         eos_token="</s>",
     ).save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "config.json").write_text(json.dumps(COMMON | config, indent=2))
     return str(path)
 
 
@@ -39,9 +46,6 @@ def deepseek_v4(path: Path, num_layers: int = 4) -> str:
         dict(
             architectures=["DeepseekV4ForCausalLM"],
             model_type="deepseek_v4",
-            torch_dtype="bfloat16",
-            bos_token_id=1,
-            eos_token_id=2,
             vocab_size=129280,
             hidden_size=4096,
             num_hidden_layers=num_layers,
@@ -72,7 +76,6 @@ def deepseek_v4(path: Path, num_layers: int = 4) -> str:
             norm_topk_prob=True,
             routed_scaling_factor=1.5,
             swiglu_limit=10.0,
-            hidden_act="silu",
             rms_norm_eps=1e-6,
             rope_theta=10000,
             max_position_embeddings=65536,
@@ -90,7 +93,6 @@ def deepseek_v4(path: Path, num_layers: int = 4) -> str:
                 weight_block_size=[128, 128],
                 scale_fmt="ue8m0",
             ),
-            tie_word_embeddings=False,
         ),
     )
 
@@ -102,9 +104,6 @@ def glm_moe_dsa(path: Path, num_layers: int = 6, **overrides: Any) -> str:
         dict(
             architectures=["GlmMoeDsaForCausalLM"],
             model_type="glm_moe_dsa",
-            torch_dtype="bfloat16",
-            bos_token_id=1,
-            eos_token_id=2,
             vocab_size=NUM_WORDS,
             hidden_size=1024,
             intermediate_size=1024,
@@ -136,13 +135,11 @@ def glm_moe_dsa(path: Path, num_layers: int = 6, **overrides: Any) -> str:
             index_share_for_mtp_iteration=True,
             indexer_rope_interleave=True,
             num_nextn_predict_layers=1,
-            hidden_act="silu",
             rms_norm_eps=1e-5,
             rope_theta=1000000,
             rope_interleave=True,
             max_position_embeddings=65536,
             attention_bias=False,
-            tie_word_embeddings=False,
         )
         | overrides,
     )
@@ -155,9 +152,6 @@ def gpt_oss(path: Path, num_layers: int = 4) -> str:
         dict(
             architectures=["GptOssForCausalLM"],
             model_type="gpt_oss",
-            torch_dtype="bfloat16",
-            bos_token_id=1,
-            eos_token_id=2,
             vocab_size=NUM_WORDS,
             hidden_size=512,
             intermediate_size=512,
@@ -169,14 +163,12 @@ def gpt_oss(path: Path, num_layers: int = 4) -> str:
             layer_types=["sliding_attention", "full_attention"] * (num_layers // 2),
             num_local_experts=8,
             num_experts_per_tok=2,
-            hidden_act="silu",
             swiglu_limit=7.0,
             attention_bias=True,
             rms_norm_eps=1e-5,
             rope_theta=150000,
             rope_scaling=None,
             max_position_embeddings=8192,
-            tie_word_embeddings=False,
         ),
     )
 
@@ -188,9 +180,6 @@ def qwen3_moe(path: Path, num_layers: int = 3) -> str:
         dict(
             architectures=["Qwen3MoeForCausalLM"],
             model_type="qwen3_moe",
-            torch_dtype="bfloat16",
-            bos_token_id=1,
-            eos_token_id=2,
             vocab_size=NUM_WORDS,
             hidden_size=512,
             intermediate_size=512,
@@ -205,11 +194,9 @@ def qwen3_moe(path: Path, num_layers: int = 3) -> str:
             mlp_only_layers=[],
             norm_topk_prob=True,
             router_aux_loss_coef=0.001,
-            hidden_act="silu",
             rms_norm_eps=1e-6,
             rope_theta=1000000,
             max_position_embeddings=8192,
             attention_bias=False,
-            tie_word_embeddings=False,
         ),
     )
