@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile
 
+from packaging.tags import Tag
 from packaging.version import InvalidVersion, Version
 from wheel.wheelfile import WheelError, WheelFile
 
@@ -45,9 +46,9 @@ def obtain(catalog: Catalog, name: str, scratch: Path, find_links: Path | None =
     return wheel
 
 
-def fetch(release: Release, scratch: Path, find_links: Path | None = None) -> Path:
-    """A release's published wheel by way of pip, as `obtain` gets it."""
-    wheel = _download(release, scratch, find_links)
+def fetch(release: Release, scratch: Path, find_links: Path | None = None, tag: Tag | None = None) -> Path:
+    """A release's published wheel by way of pip, as `obtain` gets it, for another Python if `tag` says so."""
+    wheel = _download(release, scratch, find_links, tag)
     _check_sha256(wheel, release)
     return wheel
 
@@ -104,7 +105,7 @@ def _release(catalog: Catalog, name: str) -> Release:
         ) from None
 
 
-def _download(release: Release, scratch: Path, find_links: Path | None) -> Path:
+def _download(release: Release, scratch: Path, find_links: Path | None, tag: Tag | None) -> Path:
     requirement = f"sglang=={release.version}"
     requirements = scratch / "requirements.txt"
     # With the hashes in its hands, pip refuses anything but the published wheels before it opens them.
@@ -115,6 +116,8 @@ def _download(release: Release, scratch: Path, find_links: Path | None) -> Path:
     command += ["-vv", "--no-input", "--dest", str(scratch), "--requirement", str(requirements)]
     if find_links:
         command += ["--no-index", "--find-links", str(find_links)]
+    if tag:
+        command += ["--python-version", tag.interpreter[2:], "--platform", tag.platform]
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )

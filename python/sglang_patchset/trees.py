@@ -1,4 +1,4 @@
-"""Releases unpacked to run tests on: as published, and with the whole series."""
+"""Releases unpacked to run tests on: as published, and with some or all of the series."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+from packaging.tags import Tag
 
 from sglang_patchset import patches, record, releases, series
 from sglang_patchset.catalog import Catalog, Release
@@ -16,11 +18,15 @@ from sglang_patchset.targets import Package
 
 
 class Trees:
-    """A directory of trees. One that is there already is used again, its bytecode included."""
+    """A directory of trees. One that is there already is used again, its bytecode included.
 
-    def __init__(self, catalog: Catalog, directory: Path) -> None:
+    `tag` is the Python and platform that they are for, by default those that run this.
+    """
+
+    def __init__(self, catalog: Catalog, directory: Path, tag: Tag | None = None) -> None:
         self._catalog = catalog
         self._directory = directory
+        self._tag = tag
 
     def published(self, release: Release) -> Path:
         """The release as published; the directory goes on the Python path.
@@ -32,13 +38,23 @@ class Trees:
 
     def patched(self, release: Release) -> Path:
         """The release with every fix of its series. As `published` otherwise."""
-        loaded = patches.load(self._catalog, release)
-        digest = hashlib.sha256("".join(patch.sha256 for patch in loaded.patches).encode()).hexdigest()
-        return self._tree(f"{release.version}-{digest[:12]}", lambda draft: self._patch(release, draft))
+        return self.partly(release, [patch.fix for patch in patches.load(self._catalog, release).patches])
+
+    def partly(self, release: Release, fixes: Collection[str]) -> Path:
+        """The release with those of the fixes that it has a patch for. As `published` otherwise."""
+        chosen = [patch for patch in patches.load(self._catalog, release).patches if patch.fix in fixes]
+        if not chosen:
+            return self.published(release)
+        digest = hashlib.sha256("".join(patch.sha256 for patch in chosen).encode()).hexdigest()
+        names = [patch.fix for patch in chosen]
+        return self._tree(
+            f"{release.version}-{digest[:12]}", lambda draft: self._patch(release, names, draft)
+        )
 
     def _tree(self, name: str, make: Callable[[Path], None]) -> Path:
         # The extension modules in it are for one Python.
-        tree = self._directory / f"{name}-{sys.implementation.cache_tag}"
+        python = f"cpython-{self._tag.interpreter[2:]}" if self._tag else sys.implementation.cache_tag
+        tree = self._directory / f"{name}-{python}"
         if tree.exists() and not _intact(tree):
             shutil.rmtree(tree)
         if not tree.exists():
@@ -54,14 +70,14 @@ class Trees:
         return tree
 
     def _unpack(self, release: Release, draft: Path) -> None:
-        wheel = releases.fetch(release, draft.parent)
+        wheel = releases.fetch(release, draft.parent, tag=self._tag)
         with releases.opened(wheel) as archive:
             archive.extractall(draft)
 
-    def _patch(self, release: Release, draft: Path) -> None:
+    def _patch(self, release: Release, fixes: list[str], draft: Path) -> None:
         # The bytecode of what the series leaves alone is good for the patched tree too.
         shutil.copytree(self.published(release), draft)
-        series.apply(self._catalog, Package(draft / "sglang", release.version), ())
+        series.apply(self._catalog, Package(draft / "sglang", release.version), fixes)
 
 
 def _intact(tree: Path) -> bool:

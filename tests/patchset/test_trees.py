@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from packaging.tags import Tag
 from packaging.version import Version
 
 from sglang_patchset import releases, status
@@ -24,7 +26,9 @@ def test_trees(
     tables: Catalog, wheels: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        releases, "fetch", lambda release, scratch: Path(shutil.copy(wheels[str(release.version)], scratch))
+        releases,
+        "fetch",
+        lambda release, scratch, **_: Path(shutil.copy(wheels[str(release.version)], scratch)),
     )
     trees = Trees(tables, tmp_path)
     for make, state in ((trees.published, FixState.VULNERABLE), (trees.patched, FixState.PATCHED)):
@@ -41,3 +45,31 @@ def test_trees(
         edit(utils, "# tried out")
         assert make(tables.releases[VERSION]) == tree
         assert utils.read_bytes() == before
+
+
+def test_part_of_a_series(
+    tables: Catalog, wheels: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        releases,
+        "fetch",
+        lambda release, scratch, **_: Path(shutil.copy(wheels[str(release.version)], scratch)),
+    )
+    trees = Trees(tables, tmp_path)
+    release = tables.releases[VERSION]
+    tree = trees.partly(release, ["swa-graph-padding"])
+    found = status.examine(tables, Package(tree / "sglang", VERSION)).fixes
+    patched = [name for name, each in found.items() if each.state is FixState.PATCHED]
+    assert patched == ["swa-graph-padding"]
+    assert trees.partly(release, ["no-patch-for-this-release"]) == trees.published(release)
+
+
+def test_tree_for_another_python(tables: Catalog, tmp_path: Path) -> None:
+    """The box that a tree is for need not have the Python that makes it."""
+    other = "cp313" if sys.version_info < (3, 13) else "cp312"
+    tree = Trees(tables, tmp_path, Tag(other, other, "manylinux_2_34_aarch64")).published(
+        tables.releases[VERSION]
+    )
+    assert tree.name.endswith(f"-cpython-{other[2:]}")
+    (extension,) = (tree / "sglang" / "srt" / "grpc").glob("_core*.so")
+    assert extension.name == f"_core.cpython-{other[2:]}-aarch64-linux-gnu.so"
