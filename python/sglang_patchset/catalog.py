@@ -37,21 +37,41 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Fix:
-    """One fix; `cells` is keyed by version specifiers (PEP 440), of which at most one holds a release.
+class Suite:
+    """A file of regression tests.
 
-    `code` names the files without which a release cannot have the bug. `reds` maps version specifiers to the
-    tests that fail on those releases as published, each with a regular expression for its failure's text.
+    `reds` maps version specifiers (PEP 440) to the tests that fail on those releases as published, each with
+    a regular expression for its failure's text. `gpus` is how many GPUs they take. `behind` names fixes
+    without which the bug cannot be reached: they are in the tree that the tests are red on.
+    """
+
+    test: str
+    reds: Mapping[str, Mapping[str, str]]
+    gpus: int = 0
+    behind: tuple[str, ...] = ()
+
+    def reds_of(self, version: Version) -> Mapping[str, str]:
+        """The tests that fail on that release as published, with their signatures."""
+        matching = (tests for versions, tests in self.reds.items() if version in SpecifierSet(versions))
+        return {name: signature for tests in matching for name, signature in tests.items()}
+
+
+@dataclass(frozen=True)
+class Fix:
+    """One fix; `cells` is keyed by version specifiers, of which at most one holds a release.
+
+    `code` names the files without which a release cannot have the bug. `suite` runs without a GPU, and on
+    every release; those of `cuda` on the releases that have reds there.
     """
 
     name: str
     upstream_pr: int
     title: str
     symptom: str
-    test: str
     code: tuple[str, ...]
     cells: Mapping[str, Cell]
-    reds: Mapping[str, Mapping[str, str]]
+    suite: Suite
+    cuda: tuple[Suite, ...] = ()
 
     def cell(self, version: Version) -> Cell | None:
         """The fix's state in that release; None for a release that nobody has looked at.
@@ -63,11 +83,6 @@ class Fix:
         return next(
             (cell for versions, cell in self.cells.items() if version in SpecifierSet(versions)), None
         )
-
-    def reds_of(self, version: Version) -> Mapping[str, str]:
-        """The tests that fail on that release as published, with their signatures."""
-        matching = (tests for versions, tests in self.reds.items() if version in SpecifierSet(versions))
-        return {name: signature for tests in matching for name, signature in tests.items()}
 
     def later(self, pinned: Iterable[Version]) -> list[str]:
         """The version specifiers of the cells that hold none of the pinned releases."""
@@ -141,17 +156,21 @@ def load(root: Path | None = None) -> Catalog:
             upstream_pr=entry["upstream-pr"],
             title=entry["title"],
             symptom=entry["symptom"],
-            test=entry["test"],
             code=tuple(entry["code"]),
             cells={
                 versions: Cell(CellState(cell["state"]), cell.get("note", ""))
                 for versions, cell in entry["releases"].items()
             },
-            reds=entry.get("reds", {}),
+            suite=_suite(entry),
+            cuda=tuple(_suite(suite) for suite in entry.get("cuda", ())),
         )
         for name, entry in tomllib.loads((root / "fixes.toml").read_text(encoding="utf-8")).items()
     }
     return Catalog(root, releases[Version(table["default"])], releases, references, fixes)
+
+
+def _suite(table: Mapping[str, Any]) -> Suite:
+    return Suite(table["test"], table.get("reds", {}), table.get("gpus", 0), tuple(table.get("behind", ())))
 
 
 def _releases(table: Mapping[str, Any]) -> dict[Version, Release]:

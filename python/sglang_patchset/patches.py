@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,11 @@ def load(catalog: Catalog, release: Release) -> Series:
     directory = catalog.root / str(release.version)
     names = (directory / "series").read_text(encoding="utf-8").split()
     return Series(release, tuple(_read(directory / name) for name in names))
+
+
+def digest(patches: Iterable[Patch]) -> str:
+    """A name for these very patches in this order, in hexadecimal."""
+    return hashlib.sha256("".join(patch.sha256 for patch in patches).encode()).hexdigest()
 
 
 def _read(path: Path) -> Patch:

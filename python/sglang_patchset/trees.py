@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -45,7 +44,7 @@ class Trees:
         chosen = [patch for patch in patches.load(self._catalog, release).patches if patch.fix in fixes]
         if not chosen:
             return self.published(release)
-        digest = hashlib.sha256("".join(patch.sha256 for patch in chosen).encode()).hexdigest()
+        digest = patches.digest(chosen)
         names = [patch.fix for patch in chosen]
         return self._tree(
             f"{release.version}-{digest[:12]}", lambda draft: self._patch(release, names, draft)

@@ -15,19 +15,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from importlib import util
 from pathlib import Path
 from xml.etree import ElementTree
 
-from sglang_patchset.catalog import Catalog, CellState, Fix, Release
+from sglang_patchset.catalog import Catalog, CellState, Fix, Release, Suite
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.trees import Trees
 
 # What a tree's tests may take, in seconds; a hang is a failure too.
 _TIMEOUT = 1800
+
+# How a line begins in which a test says what it measured.
+_MEASURED = "measured: "
 
 
 class Tree(Enum):
@@ -58,23 +61,29 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One test: `passed`, `failed` or `skipped`; `texts` has each failure's words, or the reason to skip."""
+    """One test: `passed`, `failed` or `skipped`.
+
+    `texts` has each failure's words, or the reason to skip; `measured` the figures that the test printed.
+    """
 
     result: str
     seconds: float
     texts: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of one fix on one tree, against the expected one.
+    """The outcome of one suite on one tree, against the expected one.
 
     `seconds` is what its tests took, importing SGLang aside. `signatures` maps each red test to the words of
-    its signature as they were found; `detail` says what is wrong, or why nothing was run.
+    its signature as they were found, `measured` each test to the figures that it printed; `detail` says what
+    is wrong, or why nothing was run.
     """
 
     release: str
     fix: str
+    test: str
     tree: Tree
     expected: Outcome
     outcome: Outcome
@@ -82,6 +91,7 @@ class Verdict:
     is_reference: bool
     detail: str = ""
     signatures: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, Sequence[str]] = field(default_factory=dict)
     passed: int = 0
     skipped: int = 0
 
@@ -95,16 +105,19 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
+    """What one suite has to say about one tree of one release."""
+
     release: Release
     fix: Fix
+    suite: Suite
     tree: Tree
     expected: Outcome
-    is_reference: bool
+    is_reference: bool = False
 
 
 def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], trees: Path) -> list[Verdict]:
-    """Run the regression tests of these fixes on both trees of these releases.
+    """Run the regression tests of these fixes, those without a GPU, on both trees of these releases.
 
     Args:
         catalog: the tables of a clone, which has the tests beside them.
@@ -115,8 +128,10 @@ def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], tre
     """
     _check_interpreter()
     for fix in fixes:
-        if not (catalog.root.parent / fix.test).is_file():
-            raise PatchsetError(f"{fix.test}: not installed: run verify from a clone of sglang-patchset")
+        if not (catalog.root.parent / fix.suite.test).is_file():
+            raise PatchsetError(
+                f"{fix.suite.test}: not installed: run verify from a clone of sglang-patchset"
+            )
     shelf = Trees(catalog, trees)
     groups = []
     for release in releases:
@@ -125,18 +140,9 @@ def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], tre
                 path = shelf.patched(release) if tree is Tree.PATCHED else shelf.published(release)
                 groups.append((path, cells))
     # A tree is a process: importing SGLang takes longer than most tests.
-    processes: list[subprocess.Popen[str]] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            results = [
-                pool.submit(_verify, catalog.root.parent, path, cells, processes) for path, cells in groups
-            ]
-            return [verdict for result in results for verdict in result.result()]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                _kill(process)
-            raise
+    with Runner(catalog.root.parent) as runner, ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = [pool.submit(runner.verify, path, cells) for path, cells in groups]
+        return runner.wait(pool, results)
 
 
 def _check_interpreter() -> None:
@@ -148,71 +154,107 @@ def _check_interpreter() -> None:
         )
 
 
-def _cells(catalog: Catalog, release: Release, tree: Tree, fixes: Iterable[Fix]) -> Iterator[_Cell]:
+def _cells(catalog: Catalog, release: Release, tree: Tree, fixes: Iterable[Fix]) -> Iterator[Cell]:
     is_reference = release.version in catalog.references
     for fix in fixes:
         cell = fix.cell(release.version)
         if cell is None:
             continue
         if tree is Tree.PUBLISHED:
-            yield _Cell(release, fix, tree, _EXPECTED[cell.state], is_reference)
+            yield Cell(release, fix, fix.suite, tree, _EXPECTED[cell.state], is_reference)
         elif cell.state is CellState.PATCH:
-            yield _Cell(release, fix, tree, Outcome.GREEN, is_reference)
+            yield Cell(release, fix, fix.suite, tree, Outcome.GREEN, is_reference)
 
 
-def _verify(
-    root: Path, tree: Path, cells: Sequence[_Cell], processes: list[subprocess.Popen[str]]
-) -> list[Verdict]:
-    to_run = [cell.fix.test for cell in cells if cell.expected is not Outcome.ABSENT]
-    cases, output = _run_tests(root, tree, to_run, processes) if to_run else ({}, "")
-    return [
-        _absent(cell, tree)
-        if cell.expected is Outcome.ABSENT
-        else _judge(cell, cases.get(cell.fix.test, {}), output)
-        for cell in cells
-    ]
+class Runner:
+    """Runs tests of the clone at `root`, each call in a process of its own, which ends with this."""
+
+    def __init__(self, root: Path, logs: Path | None = None) -> None:
+        self._root = root
+        self._logs = logs
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                _kill(process)
+
+    def wait(self, pool: ThreadPoolExecutor, results: Sequence[Future[list[Verdict]]]) -> list[Verdict]:
+        """The verdicts of what was submitted; when one raises, or Ctrl-C does, nothing runs on."""
+        try:
+            return [verdict for result in results for verdict in result.result()]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.__exit__()
+            raise
+
+    def verify(
+        self, tree: Path, cells: Sequence[Cell], environment: Mapping[str, str] | None = None
+    ) -> list[Verdict]:
+        """Run the suites of these cells on a tree, which stands on the Python path, and judge them."""
+        to_run = [cell.suite.test for cell in cells if cell.expected is not Outcome.ABSENT]
+        cases: dict[str, dict[str, Case]] = {}
+        output = ""
+        if to_run:
+            cases, output = self._run_tests(tree, to_run, environment or {})
+            if self._logs:
+                self._logs.mkdir(parents=True, exist_ok=True)
+                name = f"{cells[0].release.version}-{Path(to_run[0]).stem}-{cells[0].tree.value}.log"
+                (self._logs / name).write_text(output, encoding="utf-8")
+        return [
+            _absent(cell, tree)
+            if cell.expected is Outcome.ABSENT
+            else _judge(cell, cases.get(cell.suite.test, {}), output)
+            for cell in cells
+        ]
+
+    def _run_tests(
+        self, tree: Path, files: Sequence[str], extra: Mapping[str, str]
+    ) -> tuple[dict[str, dict[str, Case]], str]:
+        """Each file's cases by `Class::test`, and what pytest printed."""
+        with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+            report = Path(scratch, "report.xml")
+            command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "-W", "ignore"]
+            command += ["--rootdir", str(self._root), "--import-mode", "importlib"]
+            for override in ("addopts=", "junit_family=xunit1", "junit_logging=system-out"):
+                command += ["--override-ini", override]
+            command += [f"--junitxml={report}", *files]
+            environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+            process = subprocess.Popen(
+                command,
+                cwd=self._root,
+                env={**environment, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", **extra},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                # What it starts ends with it.
+                start_new_session=True,
+            )
+            self._processes.append(process)
+            try:
+                output, _ = process.communicate(timeout=_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                _kill(process)
+                output = process.communicate()[0] + f"\nnot done within {_TIMEOUT} s"
+            else:
+                _kill(process)
+            cases: dict[str, dict[str, Case]] = {}
+            if report.exists():
+                for file, name, case in _cases(report):
+                    known = cases.setdefault(file, {})
+                    known[name] = _worse(known[name], case) if name in known else case
+        return cases, output
 
 
-def _absent(cell: _Cell, tree: Path) -> Verdict:
+def _absent(cell: Cell, tree: Path) -> Verdict:
     found = [path for path in cell.fix.code if (tree / path).exists()]
     outcome = Outcome.ERROR if found else Outcome.ABSENT
     detail = f"has {', '.join(found)}" if found else ""
     return _verdict(cell, outcome, {}, detail)
-
-
-def _run_tests(
-    root: Path, tree: Path, files: Sequence[str], processes: list[subprocess.Popen[str]]
-) -> tuple[dict[str, dict[str, Case]], str]:
-    """Each file's cases by `Class::test`, and the end of what pytest printed."""
-    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
-        report = Path(scratch, "report.xml")
-        command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "-W", "ignore"]
-        command += ["--rootdir", str(root), "--import-mode", "importlib", "--override-ini", "addopts="]
-        command += ["--override-ini", "junit_family=xunit1", f"--junitxml={report}", *files]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            env=environment | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # What it starts ends with it.
-            start_new_session=True,
-        )
-        processes.append(process)
-        try:
-            output, _ = process.communicate(timeout=_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            output = process.communicate()[0] + f"\nnot done within {_TIMEOUT} s"
-        cases: dict[str, dict[str, Case]] = {}
-        if report.exists():
-            for file, name, case in _cases(report):
-                known = cases.setdefault(file, {})
-                known[name] = _worse(known[name], case) if name in known else case
-    return cases, output
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -227,14 +269,17 @@ def _cases(report: Path) -> Iterator[tuple[str, str, Case]]:
         owner = element.get("classname", "").rpartition(".")[2]
         name = f"{owner}::{element.get('name')}" if element.get("classname") else ""
         seconds = float(element.get("time", 0))
+        printed = element.findtext("system-out", "").splitlines()
+        measured = tuple(line.removeprefix(_MEASURED) for line in printed if line.startswith(_MEASURED))
         failures = [*element.findall("failure"), *element.findall("error")]
         if failures:
-            yield file, name, Case("failed", seconds, tuple(_words(each.text or "") for each in failures))
+            texts = tuple(_words(each.text or "") for each in failures)
+            yield file, name, Case("failed", seconds, texts, measured)
         elif (skip := element.find("skipped")) is not None:
             # Where a whole file skips itself, the reason stands in the text alone.
             yield file, name, Case("skipped", seconds, (f"{skip.get('message', '')} {skip.text or ''}",))
         else:
-            yield file, name, Case("passed", seconds)
+            yield file, name, Case("passed", seconds, (), measured)
 
 
 def _words(text: str) -> str:
@@ -245,13 +290,14 @@ def _words(text: str) -> str:
 def _worse(one: Case, other: Case) -> Case:
     """Subtests have their test's name; one that fails is the test's failure, and each has to be judged."""
     seconds = one.seconds + other.seconds
+    measured = tuple(dict.fromkeys((*one.measured, *other.measured)))
     failed = [case for case in (one, other) if case.result == "failed"]
     if failed:
-        return Case("failed", seconds, tuple(text for case in failed for text in case.texts))
-    return replace(one, seconds=seconds)
+        return Case("failed", seconds, tuple(text for case in failed for text in case.texts), measured)
+    return replace(one, seconds=seconds, measured=measured)
 
 
-def _judge(cell: _Cell, cases: Mapping[str, Case], output: str) -> Verdict:
+def _judge(cell: Cell, cases: Mapping[str, Case], output: str) -> Verdict:
     failed = {name: case.texts for name, case in cases.items() if case.result == "failed"}
     passed = [name for name, case in cases.items() if case.result == "passed"]
     if not cases:
@@ -263,7 +309,7 @@ def _judge(cell: _Cell, cases: Mapping[str, Case], output: str) -> Verdict:
     if not passed and not failed:
         reasons = sorted({text for case in cases.values() for text in case.texts})
         return _verdict(cell, Outcome.NOT_RUN, cases, f"every test skips: {'; '.join(reasons)}")
-    reds = cell.fix.reds_of(cell.release.version)
+    reds = cell.suite.reds_of(cell.release.version)
     allowed = {} if cell.tree is Tree.PATCHED else reds
     signatures = {}
     for name, texts in failed.items():
@@ -290,7 +336,7 @@ def _judge(cell: _Cell, cases: Mapping[str, Case], output: str) -> Verdict:
 
 
 def _verdict(
-    cell: _Cell,
+    cell: Cell,
     outcome: Outcome,
     cases: Mapping[str, Case],
     detail: str,
@@ -300,6 +346,7 @@ def _verdict(
     return Verdict(
         release=str(cell.release.version),
         fix=cell.fix.name,
+        test=cell.suite.test,
         tree=cell.tree,
         expected=cell.expected,
         outcome=outcome,
@@ -307,6 +354,7 @@ def _verdict(
         is_reference=cell.is_reference,
         detail=detail,
         signatures=signatures or {},
+        measured={name: case.measured for name, case in cases.items() if case.measured},
         passed=results.count("passed"),
         skipped=results.count("skipped"),
     )

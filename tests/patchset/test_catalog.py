@@ -79,7 +79,7 @@ def test_trailers_are_what_the_catalogue_says(tables: Catalog, series: Series) -
         trailers = dict(re.findall(r"^([A-Z][A-Za-z-]+): (.+)$", message, re.MULTILINE))
         fix = tables.fixes[patch.fix]
         assert trailers["Upstream-PR"].endswith(f"/{fix.upstream_pr}")
-        assert trailers["Regression-Test"] == fix.test
+        assert trailers["Regression-Test"] == fix.suite.test
         assert trailers["Upstream-Status"]
         assert trailers["Affects"] == ", ".join(map(str, _affected(tables, patch.fix)))
 

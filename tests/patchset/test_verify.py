@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
 
 from sglang_patchset import verify
-from sglang_patchset.catalog import Catalog, Cell, CellState, Fix
+from sglang_patchset.catalog import Catalog, Cell, CellState, Fix, Suite
 from sglang_patchset.verify import Outcome, Verdict
 
 from .conftest import Command
@@ -50,10 +51,9 @@ def bug(tables: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cat
         upstream_pr=1,
         title="",
         symptom="",
-        test="tests/test_bug.py",
         code=("sglang/bug.py",),
         cells={"==0.5.12": Cell(CellState.PATCH)},
-        reds={"==0.5.12": REDS},
+        suite=Suite("tests/test_bug.py", {"==0.5.12": REDS}),
     )
     _tree(tmp_path / "trees" / "published", 99)
     _tree(tmp_path / "trees" / "patched", 5)
@@ -69,7 +69,7 @@ def _tree(directory: Path, value: int | str) -> None:
 
 
 def _write_test(tables: Catalog, source: str) -> None:
-    (tables.root.parent / tables.fixes["bug"].test).write_text(source)
+    (tables.root.parent / tables.fixes["bug"].suite.test).write_text(source)
 
 
 def _verify(tables: Catalog) -> list[Verdict]:
@@ -77,8 +77,14 @@ def _verify(tables: Catalog) -> list[Verdict]:
     return verify.run(tables, list(tables.fixes.values()), [release], tables.root)
 
 
-def _with(tables: Catalog, **changes: object) -> Catalog:
-    fix = dataclasses.replace(tables.fixes["bug"], **changes)  # type: ignore[arg-type]
+def _with(
+    tables: Catalog,
+    cells: Mapping[str, Cell] | None = None,
+    reds: Mapping[str, Mapping[str, str]] | None = None,
+) -> Catalog:
+    fix = tables.fixes["bug"]
+    suite = fix.suite if reds is None else dataclasses.replace(fix.suite, reds=reds)
+    fix = dataclasses.replace(fix, cells=cells or fix.cells, suite=suite)
     return dataclasses.replace(tables, fixes={"bug": fix})
 
 

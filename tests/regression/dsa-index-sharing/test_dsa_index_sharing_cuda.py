@@ -7,13 +7,12 @@ than index_topk: below that every token is selected and nothing shows.
 import collections
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List
 
 import torch
 
@@ -45,6 +44,9 @@ HEAD_GAIN = 3.0
 # Mean error of a log-probability: bf16 rounding alone makes it 0.03 to 0.05, another
 # selection of as many keys in the sharing layers 0.14 or more.
 TOLERANCE = 0.1
+# Tokens whose log-probabilities are closer than bf16 can tell.
+TIE = 0.1
+SERVERS_AT_A_TIME = 2
 
 
 def make_weights(config: Dict, seed: int) -> Dict[str, torch.Tensor]:
@@ -294,6 +296,11 @@ def count_indexer_calls() -> None:
         worker.draft_forward = counting(worker.draft_forward)
 
 
+def _calls(records: List[Dict]) -> Dict[int, int]:
+    """How many draft iterations ran the indexer how many times."""
+    return collections.Counter(record["calls"] for record in records)
+
+
 Draft = collections.namedtuple("Draft", "spec_v2 steps graphs")
 DRAFTS = [
     Draft(spec_v2=True, steps=3, graphs=True),
@@ -326,9 +333,13 @@ class TestDSAIndexSharingCuda(CustomTestCase):
             torch.randint(3, NUM_WORDS - 1, (n,), generator=generator).tolist()
             for n in PROMPT_LENS
         ]
+        # Servers take a minute to start, so those of later tests start meanwhile.
+        cls.pool = ThreadPoolExecutor(SERVERS_AT_A_TIME)
+        cls.drafts = {draft: cls.pool.submit(cls._draft, draft) for draft in DRAFTS}
 
     @classmethod
     def tearDownClass(cls):
+        cls.pool.shutdown(cancel_futures=True)
         cls.folder.cleanup()
 
     def _errors(self, server, reference: List[torch.Tensor]) -> torch.Tensor:
@@ -355,7 +366,7 @@ class TestDSAIndexSharingCuda(CustomTestCase):
         with launch_server(self.model, ARGS) as server:
             errors = self._errors(server, expected)
         mean = errors.mean(-1)
-        print(f"mean errors {mean.tolist()}, largest {errors.max().item():.3f}")
+        print(f"measured: mean errors {mean.tolist()}, largest {errors.max().item()}")
         self.assertLess(
             mean.max().item(),
             TOLERANCE,
@@ -368,8 +379,9 @@ class TestDSAIndexSharingCuda(CustomTestCase):
             result = server.generate([self.prompts[0]], 4)[0]
         self.assertEqual(len(result["output_ids"]), 4)
 
-    def _draft(self, draft: Draft) -> Dict:
-        calls = Path(self.folder.name) / f"calls-{'-'.join(map(str, draft))}"
+    @classmethod
+    def _draft(cls, draft: Draft) -> Dict:
+        calls = Path(cls.folder.name) / f"calls-{'-'.join(map(str, draft))}"
         args = ARGS + [
             *("--speculative-algorithm", "EAGLE"),
             *("--speculative-num-steps", str(draft.steps)),
@@ -383,10 +395,10 @@ class TestDSAIndexSharingCuda(CustomTestCase):
             "SGLANG_ENABLE_SPEC_V2": str(draft.spec_v2),
         }
         command = [sys.executable, __file__, "serve"]
-        with launch_server(self.model, args, env, command) as server:
+        with launch_server(cls.model, args, env, command) as server:
             # One at a time and together; a short one crosses no top-k, but its
             # draft steps grow past the indices that they reuse.
-            prompts = self.prompts[:2] + [self.prompts[0][:100]]
+            prompts = cls.prompts[:2] + [cls.prompts[0][:100]]
             results = server.generate(prompts[:1], 24) + server.generate(prompts, 24)
         outputs = [
             (prompt, result["output_ids"])
@@ -396,50 +408,57 @@ class TestDSAIndexSharingCuda(CustomTestCase):
         return dict(records=records, outputs=outputs)
 
     def test_one_indexer_call_in_a_draft_iteration(self):
-        with ThreadPoolExecutor(len(DRAFTS)) as pool:
-            runs = dict(zip(DRAFTS, pool.map(self._draft, DRAFTS)))
-        for draft, run in runs.items():
+        for draft, run in self.drafts.items():
             with self.subTest(draft=draft):
-                captured = [r for r in run["records"] if r["capturing"]]
+                records = run.result()["records"]
+                captured = [r for r in records if r["capturing"]]
                 self.assertEqual(bool(captured), draft.graphs)
                 worker = "EagleDraftWorker" if draft.spec_v2 else "EAGLEWorker"
-                self.assertEqual({r["worker"] for r in run["records"]}, {worker})
-                calls = collections.Counter(r["calls"] for r in run["records"])
-                print(draft, calls)
+                self.assertEqual({r["worker"] for r in records}, {worker})
+                calls = _calls(records)
+                print(f"measured: {draft} indexer calls {dict(calls)}")
                 self.assertEqual(
                     set(calls) - {0},  # idle batches
                     {1},
                     f"the indexer ran {dict(calls)} times in a draft iteration of "
                     f"{draft.steps} steps ({draft})",
                 )
-        self._check_outputs(runs)
 
-    def _check_outputs(self, runs: Dict[Draft, Dict]) -> None:
+    def test_text_equals_that_without_speculation(self):
         """Each token is what the target alone would say, but for rounding ties."""
+        runs = {draft: run.result() for draft, run in self.drafts.items()}
+        if any(set(_calls(run["records"])) - {0} != {1} for run in runs.values()):
+            self.skipTest("draft steps do not reuse indices")
+        alone: Dict[int, List[int]] = {}
         with launch_server(self.model, ARGS) as server:
-            alone: Dict[int, List[int]] = {}
             for draft, run in runs.items():
+                behind = [0.0]
                 for prompt, output in run["outputs"]:
                     if len(prompt) not in alone:
                         plain = server.generate([prompt], len(output))[0]
                         alone[len(prompt)] = plain["output_ids"]
-                    if output == alone[len(prompt)]:
-                        continue
-                    result = server.generate(
-                        [prompt + output],
-                        1,
-                        return_logprob=True,
-                        top_logprobs_num=1,
-                        logprob_start_len=len(prompt) - 1,
-                    )[0]["meta_info"]
-                    chosen = result["input_token_logprobs"][-len(output) :]
-                    best = result["input_top_logprobs"][-len(output) :]
-                    behind = [b[0][0] - c[0] for c, b in zip(chosen, best)]
-                    self.assertLess(
-                        max(behind),
-                        0.1,
-                        f"text differs from the one without speculation ({draft})",
-                    )
+                    if output != alone[len(prompt)]:
+                        behind += self._behind_the_best(server, prompt, output)
+                print(f"measured: {draft} at most {max(behind):.3f} behind the best")
+                self.assertLess(
+                    max(behind),
+                    TIE,
+                    f"text differs from the one without speculation ({draft})",
+                )
+
+    @staticmethod
+    def _behind_the_best(server, prompt: List[int], output: List[int]) -> List[float]:
+        """How far each token's log-probability is from the best one's."""
+        result = server.generate(
+            [prompt + output],
+            1,
+            return_logprob=True,
+            top_logprobs_num=1,
+            logprob_start_len=len(prompt) - 1,
+        )[0]["meta_info"]
+        chosen = result["input_token_logprobs"][-len(output) :]
+        best = result["input_top_logprobs"][-len(output) :]
+        return [b[0][0] - c[0] for c, b in zip(chosen, best)]
 
 
 if os.environ.get("INDEXER_CALLS") and __name__ in ("__main__", "__mp_main__"):

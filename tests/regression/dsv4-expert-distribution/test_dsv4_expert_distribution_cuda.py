@@ -1,5 +1,6 @@
 """DeepSeek-V4 records its expert distribution, hash layers included."""
 
+import os
 import sys
 import tempfile
 import unittest
@@ -10,15 +11,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from servers import launch_server
-from sglang.srt.utils import get_device_count
 from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 from tiny_models import deepseek_v4
 
 register_cuda_ci(est_time=120, suite="stage-b-test-1-gpu-large")
 
+SEED = int(os.environ.get("REGRESSION_SEED", "0"))
 NUM_LAYERS = 4
 TOPK = 6
+# Up to 128 tokens, all forwards share a kernel that takes long to compile.
 PROMPT_LENS = (17, 33, 70)
 NEW_TOKENS = 9
 ARGS = [
@@ -37,7 +39,8 @@ ENV = {"SGLANG_DSV4_FP4_EXPERTS": "0"}
 def _record(server, folder: str) -> torch.Tensor:
     """Logical counts (layers, experts) of one recorded run."""
     server.post("start_expert_distribution_record")
-    server.generate([[5 + i % 900 for i in range(n)] for n in PROMPT_LENS], NEW_TOKENS)
+    prompts = [[5 + (i + 97 * SEED) % 900 for i in range(n)] for n in PROMPT_LENS]
+    server.generate(prompts, NEW_TOKENS)
     server.post("stop_expert_distribution_record")
     server.post("dump_expert_distribution_record")
     (dump,) = Path(folder).glob("*.pt")
@@ -51,6 +54,7 @@ class TestDsv4ExpertDistributionCuda(CustomTestCase):
     def _check(self, counts: torch.Tensor):
         # The last new token of a request is sampled, never run.
         tokens = sum(PROMPT_LENS) + len(PROMPT_LENS) * (NEW_TOKENS - 1)
+        print(f"measured: {counts.sum(dim=-1).tolist()} of {tokens * TOPK} selected")
         self.assertEqual(counts.shape[0], NUM_LAYERS)
         self.assertEqual(
             counts.sum(dim=-1).tolist(),
@@ -68,19 +72,6 @@ class TestDsv4ExpertDistributionCuda(CustomTestCase):
                 self._check(_record(server, folder))
                 # Recording again starts from zero.
                 self._check(_record(server, folder))
-
-    @unittest.skipIf(get_device_count() < 2, "needs two GPUs")
-    def test_eplb_rebalances(self):
-        args = [
-            *("--tp", "2", "--ep-size", "2", "--enable-eplb"),
-            *("--eplb-rebalance-num-iterations", "20"),
-            *("--cuda-graph-bs", "4"),
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            with launch_server(deepseek_v4(Path(folder)), ARGS + args, ENV) as server:
-                for _ in range(3):
-                    server.generate([[5 + i for i in range(40)]], 30)
-                self.assertIn("rebalance end", server.log)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,8 @@ from tiny_models import NUM_WORDS, gpt_oss
 
 maybe_stub_sgl_kernel()
 
-from sglang.bench_one_batch import load_model, prepare_synthetic_inputs_for_latency_test
-from sglang.srt.layers.moe import initialize_moe_config
-from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
-from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
-from sglang.srt.server_args import (
-    PortArgs,
-    ServerArgs,
-    set_global_server_args_for_scheduler,
-)
+from model_runners import load_dummy_model
+from sglang.bench_one_batch import prepare_synthetic_inputs_for_latency_test
 from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -43,22 +36,13 @@ class TestSWAGraphPaddingCuda(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = tempfile.TemporaryDirectory()
-        server_args = ServerArgs(
-            model_path=gpt_oss(Path(cls.folder.name)),
-            load_format="dummy",
+        cls.runner = load_dummy_model(
+            gpt_oss(Path(cls.folder.name)),
             attention_backend="triton",
-            moe_runner_backend="triton",
-            mem_fraction_static=0.5,
             max_total_tokens=16384,
             cuda_graph_bs=[CAPTURED_BS],
             disable_piecewise_cuda_graph=True,
-            grammar_backend="none",
         )
-        set_global_server_args_for_scheduler(server_args)
-        initialize_moe_config(server_args)
-        initialize_fp8_gemm_config(server_args)
-        initialize_fp4_gemm_config(server_args)
-        cls.runner, _ = load_model(server_args, PortArgs.init_new(server_args), 0, 0)
         torch.manual_seed(SEED)
         for name, parameter in cls.runner.torch_runner.model.named_parameters():
             if name.endswith("norm.weight"):
@@ -107,7 +91,7 @@ class TestSWAGraphPaddingCuda(CustomTestCase):
             self.assertGreater(spread, 0.1, "log-probabilities too flat to tell")
             # The same kernels on the same numbers: nothing may move at all.
             moved = (alone - beside).abs().amax(dim=-1)
-            print(f"{graphs=} {spread=:.3f} moved={moved.tolist()}")
+            print(f"measured: {graphs=} {spread=:.3f} moved={moved.tolist()}")
             self.assertEqual(
                 moved.max().item(),
                 0,
@@ -121,7 +105,7 @@ class TestSWAGraphPaddingCuda(CustomTestCase):
         # bf16 kernels may split their sums differently when captured; the base
         # release's error is at least five times that.
         error = (eager - graph).abs().amax(dim=-1)
-        print(f"graph - eager: {error.tolist()}")
+        print(f"measured: graph - eager {error.tolist()}")
         self.assertLess(
             error.max().item(),
             0.02,

@@ -1,0 +1,132 @@
+"""What was seen on GPUs: `results/gpu-<GPU>-<date>.json`, written by a run, and a table of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sglang_patchset import patches
+from sglang_patchset.catalog import Catalog
+from sglang_patchset.cuda import Machine, Pair
+from sglang_patchset.verify import Outcome, Tree, Verdict
+
+_BEGIN = "<!-- from results/, by scripts/results_table.py -->\n"
+_END = "<!-- end -->\n"
+
+
+def write(
+    catalog: Catalog, box: Machine, pairs: Sequence[Pair], verdicts: Sequence[Verdict], seconds: float
+) -> Path:
+    """Write what a run on GPUs found, into `results/` of the clone.
+
+    `series` has the digest of each release's patches: a result is about those and no others. `seed` is the
+    one that the tests made weights and prompts from, `seconds` what the whole run took.
+    """
+    now = datetime.now(timezone.utc).replace(microsecond=0)
+    found = {(each.release, each.test, each.tree): each for each in verdicts}
+    releases = {pair.release.version: pair.release for pair in pairs}
+    contents = {
+        "date": now.isoformat(),
+        "seconds": round(seconds),
+        "seed": int(os.environ.get("REGRESSION_SEED", "0")),
+        "gpu": box.gpu,
+        "gpus": len(box.gpus),
+        "driver": box.driver,
+        "versions": box.versions,
+        "series": {
+            str(version): patches.digest(patches.load(catalog, release).patches)
+            for version, release in releases.items()
+        },
+        "cells": [
+            {
+                "release": str(pair.release.version),
+                "fix": pair.fix.name,
+                "test": pair.suite.test,
+                "gpus": pair.suite.gpus,
+                "behind": [
+                    patch.fix
+                    for patch in patches.load(catalog, pair.release).patches
+                    if patch.fix in pair.suite.behind
+                ],
+                **{
+                    tree.value: _outcome(found.get((str(pair.release.version), pair.suite.test, tree)))
+                    for tree in Tree
+                },
+            }
+            for pair in pairs
+        ],
+    }
+    number = f"{len(box.gpus)}x" if len(box.gpus) > 1 else ""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", box.gpu.removeprefix("NVIDIA "))
+    path = catalog.root.parent / "results" / f"gpu-{number}{name}-{now:%Y-%m-%dT%H%MZ}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _outcome(verdict: Verdict | None) -> dict[str, Any]:
+    if verdict is None:
+        return {"outcome": Outcome.NOT_RUN.value, "detail": "fewer GPUs than it needs"}
+    return {
+        "outcome": verdict.outcome.value,
+        "seconds": verdict.seconds,
+        "passed": verdict.passed,
+        "signatures": verdict.signatures,
+        "measured": verdict.measured,
+        "detail": verdict.detail,
+    }
+
+
+def table(catalog: Catalog) -> str:
+    """The newest outcome of each cell as a Markdown table; only of the patches as they are now."""
+    newest: dict[tuple[str, str], list[str]] = {}
+    digests = {
+        str(release.version): patches.digest(patches.load(catalog, release).patches)
+        for release in catalog.releases.values()
+    }
+    files = (catalog.root.parent / "results").glob("gpu-*.json")
+    for run in sorted((json.loads(path.read_text(encoding="utf-8")) for path in files), key=_date):
+        for cell in run["cells"]:
+            published, patched = (cell[tree.value] for tree in Tree)
+            ran = Outcome.NOT_RUN.value not in (published["outcome"], patched["outcome"])
+            if ran and run["series"][cell["release"]] == digests[cell["release"]]:
+                gpus = f"{cell['gpus']} x " if cell["gpus"] > 1 else ""
+                newest[cell["release"], cell["test"]] = [
+                    f"`{cell['fix']}`",
+                    cell["release"],
+                    f"{published['outcome']}: {_words(published)}",
+                    f"{patched['outcome']}, {patched['passed']} tests",
+                    f"{gpus}{run['gpu']}, {run['date'][:10]}",
+                ]
+    rows = [
+        newest[key]
+        for fix in catalog.fixes.values()
+        for suite in fix.cuda
+        for release in catalog.releases
+        if (key := (str(release), suite.test)) in newest
+    ]
+    header = ["fix", "release", "as published", "patched", "seen on"]
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _date(run: dict[str, Any]) -> str:
+    return str(run["date"])
+
+
+def _words(outcome: dict[str, Any]) -> str:
+    """A red's signature, in one line that a table can hold."""
+    words = next(iter(outcome["signatures"].values()), outcome["detail"])
+    return " ".join(words.split()).replace("|", "\\|")
+
+
+def in_readme(catalog: Catalog, readme: str) -> str:
+    """The README's text with the table of now between its marks."""
+    before, begin, rest = readme.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    return f"{before}{begin}\n{table(catalog)}\n{end}{after}"
