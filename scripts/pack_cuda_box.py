@@ -5,7 +5,9 @@
 
 freeze.txt is the box's `pip list --format=freeze`: what it has is not brought. Without it, everything is. OUT
 is carried to the box; `OUT/unpack.sh CLONE` makes there what scripts/gpu_test.sh would make from a package
-index. `pip install '.[pack]'` brings what this script needs.
+index. Its GPUs have to be Hopper's: Blackwell's kernels are not packed.
+
+`pip install '.[pack]'` brings what this script needs.
 """
 
 from __future__ import annotations
@@ -207,6 +209,8 @@ def pack(release_name: str, slice_size: int, have: Path | None, out: Path) -> No
     """The whole way, from the lock to `out`."""
     if importlib.util.find_spec("uv") is None:
         raise PatchsetError("no uv: run `pip install '.[pack]'` in the clone first")
+    if out.exists() and not out.is_dir():
+        raise PatchsetError(f"{out}: not a directory: name another one")
     tables = catalog.load()
     lock = parse_pins(LOCK)
     release = locked_release(tables, release_name, lock)
@@ -229,7 +233,7 @@ def pack(release_name: str, slice_size: int, have: Path | None, out: Path) -> No
             "release": str(release.version),
             "python": PYTHON,
             "machine": MACHINE,
-            "lock": hashlib.sha256(LOCK.read_bytes()).hexdigest(),
+            "lock": _sha256(LOCK),
             "brought": brought,
             "expected": {name: has[name] for name in wanted if name not in brought},
             "trees": [tree.name for tree in trees],
@@ -412,7 +416,7 @@ def write(
     for source in (decompressor, *UNPACKER):
         shutil.copy(source, out / source.name)
     names = [*slices, "manifest.json", *(source.name for source in (decompressor, *UNPACKER))]
-    sums = "".join(f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    sums = "".join(f"{_sha256(out / name)}  {name}\n" for name in names)
     (out / "SHA256SUMS").write_text(sums, encoding="utf-8")
 
 
@@ -435,6 +439,14 @@ def cut(files: Iterable[Path], slice_size: int, out: Path) -> list[str]:
     if target:
         target.close()
     return names
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _uv(verb: str, *arguments: str | Path) -> None:

@@ -11,10 +11,10 @@ import os
 import platform
 import shutil
 import site
-import subprocess
 import sys
 import tarfile
 import time
+import venv
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -135,7 +135,7 @@ def unpack(manifest: dict[str, Any], clone: Path) -> None:
         if left.exists():
             shutil.rmtree(left)
     draft.mkdir(parents=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    venv.create(environment, symlinks=True)
     packages = environment / "lib" / f"python{manifest['python']}" / "site-packages"
     with zipfile.ZipFile(BUNDLE / manifest["decompressor"]) as wheel:
         wheel.extractall(draft / "decompressor")
