@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from importlib import util
@@ -173,14 +174,18 @@ class Runner:
         self._root = root
         self._logs = logs
         self._processes: list[subprocess.Popen[str]] = []
+        self._lock = threading.Lock()
+        self._ended = False
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                _kill(process)
+        with self._lock:
+            self._ended = True
+            for process in self._processes:
+                if process.poll() is None:
+                    _kill(process)
 
     def wait(self, pool: ThreadPoolExecutor, results: Sequence[Future[list[Verdict]]]) -> list[Verdict]:
         """The verdicts of what was submitted; when one raises, or Ctrl-C does, nothing runs on."""
@@ -223,18 +228,7 @@ class Runner:
                 command += ["--override-ini", override]
             command += [f"--junitxml={report}", *files]
             environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-            process = subprocess.Popen(
-                command,
-                cwd=self._root,
-                env={**environment, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", **extra},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                # What it starts ends with it.
-                start_new_session=True,
-            )
-            self._processes.append(process)
+            process = self._start(command, {**environment, "PYTHONPATH": str(tree), **extra})
             try:
                 output, _ = process.communicate(timeout=_TIMEOUT)
             except subprocess.TimeoutExpired:
@@ -248,6 +242,24 @@ class Runner:
                     known = cases.setdefault(file, {})
                     known[name] = _worse(known[name], case) if name in known else case
         return cases, output
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        with self._lock:
+            if self._ended:
+                raise CancelledError
+            process = subprocess.Popen(
+                command,
+                cwd=self._root,
+                env={**environment, "HF_HUB_OFFLINE": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                # What it starts ends with it.
+                start_new_session=True,
+            )
+            self._processes.append(process)
+        return process
 
 
 def _absent(cell: Cell, tree: Path) -> Verdict:

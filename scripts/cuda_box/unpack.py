@@ -4,6 +4,7 @@ manifest.json.
 
 from __future__ import annotations
 
+import compileall
 import hashlib
 import io
 import json
@@ -159,6 +160,9 @@ def unpack(manifest: dict[str, Any], clone: Path) -> None:
             shutil.rmtree(trees / name)
         os.rename(draft / "trees" / name, trees / name)
     shutil.rmtree(draft)
+    # The tests import all this some two hundred times, and many of them at once the first time.
+    for directory in (packages, *(trees / name for name in manifest["trees"])):
+        compileall.compile_dir(directory, quiet=2, workers=0)
     shutil.copyfile(clone / LOCK, environment / "made-for.part")
     os.replace(environment / "made-for.part", environment / "made-for")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,15 +26,23 @@ def verdicts(request: pytest.FixtureRequest) -> Mapping[tuple[str, str, Tree], V
     names = {item.callspec.params["name"] for item in request.session.items}
     chosen = [pair for name, pair in PAIRS.items() if name in names]
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+
+    lock = threading.Lock()
+
+    def report(line: str) -> None:
+        with lock, capture.global_and_fixture_disabled():
+            terminal.write_line(line)
+
     try:
         box = cuda.machine()
     except PatchsetError as error:
         pytest.exit(str(error), returncode=2)
-    terminal.write_line(f"\n{len(box.gpus)} x {box.gpu}, driver {box.driver}, {box.versions}")
+    report(f"\n{len(box.gpus)} x {box.gpu}, driver {box.driver}, {box.versions}")
     begin = time.monotonic()
-    found = cuda.run(TABLES, chosen, box, CACHE, terminal.write_line)
+    found = cuda.run(TABLES, chosen, box, CACHE, report)
     path = results.write(TABLES, box, chosen, found, time.monotonic() - begin)
-    terminal.write_line(f"{path}: {time.monotonic() - begin:.0f} s")
+    report(f"{path}: {time.monotonic() - begin:.0f} s")
     return {(each.release, each.test, each.tree): each for each in found}
 
 
@@ -44,5 +53,6 @@ def test_cell(verdicts: Mapping[tuple[str, str, Tree], Verdict], name: str, tree
     verdict = verdicts.get((str(pair.release.version), pair.suite.test, tree))
     if verdict is None:
         pytest.skip(f"not run: needs {pair.suite.gpus} GPUs")
-    assert verdict.outcome is verdict.expected, verdict.detail
+    if verdict.outcome is not verdict.expected:
+        pytest.fail(verdict.detail, pytrace=False)
     assert bool(verdict.signatures) == (verdict.outcome is Outcome.RED)

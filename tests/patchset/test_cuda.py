@@ -162,7 +162,7 @@ def test_every_result_is_of_a_red_and_a_green() -> None:
 
 
 def test_slots_are_given_back_and_never_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(cuda.os, "cpu_count", lambda: 8)
     slots = cuda._Slots(BOX)
     used = dict.fromkeys(BOX.gpus, 0)
     most = dict(used)

@@ -2,19 +2,20 @@
 
 import contextlib
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from typing import IO, Dict, Iterator, List, Optional
+from typing import IO, Dict, Iterator, List, Optional, Tuple
 
 import requests
-
 from sglang.srt.utils import kill_process_tree
-from sglang.srt.utils.network import get_open_port
 
 START_TIMEOUT = 420
+PORTS_EACH = 300  # with DP attention, a server uses some from its port + 233 on
 ERROR_LINE = re.compile(r"^.*?\w*(?:Error|Exception): .*$|^.*CUDA error.*$", re.M)
 
 
@@ -55,6 +56,28 @@ def _wait_until_healthy(process: subprocess.Popen, url: str) -> None:
     raise TimeoutError(f"it was not healthy within {START_TIMEOUT} s")
 
 
+def reserve_ports() -> Tuple[int, socket.socket]:
+    """The first of PORTS_EACH ports that are nobody else's while the socket is open.
+
+    A server binds its ports half a minute after it chose them, and servers of other
+    tests start meanwhile. These are below those that the system gives out itself.
+    """
+    starts = list(range(10000, 30000, PORTS_EACH))
+    random.SystemRandom().shuffle(starts)
+    for start in starts:
+        guard = socket.socket()
+        try:
+            guard.bind(("127.0.0.1", start + PORTS_EACH - 1))
+            return start, guard
+        except OSError:
+            guard.close()
+    raise RuntimeError("no free ports")
+
+
+def _reason(log: str) -> str:
+    return "\n".join(dict.fromkeys(ERROR_LINE.findall(log))) or log[-4000:]
+
+
 @contextlib.contextmanager
 def launch_server(
     model: str,
@@ -62,16 +85,17 @@ def launch_server(
     env: Optional[Dict[str, str]] = None,
     command: Optional[List[str]] = None,
 ) -> Iterator[Server]:
-    """Start a server on a free port; an AssertionError quotes its log if it dies.
+    """Start a server on ports of its own; an AssertionError quotes its log if it dies.
 
     ``command`` replaces ``python -m sglang.launch_server``, for a test that runs the
     server behind a script of its own.
     """
-    port = get_open_port()
+    port, guard = reserve_ports()
     url = f"http://127.0.0.1:{port}"
     command = command or [sys.executable, "-m", "sglang.launch_server"]
-    command = command + ["--model-path", model, "--port", str(port), *args]
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
+    command = command + ["--model-path", model, "--port", str(port)]
+    command += ["--nccl-port", str(port + 1), *args]
+    with guard, tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, env={**os.environ, **(env or {})}
         )
@@ -80,9 +104,12 @@ def launch_server(
             try:
                 _wait_until_healthy(process, url)
             except (RuntimeError, TimeoutError) as e:
-                errors = dict.fromkeys(ERROR_LINE.findall(server.log))
-                reason = "\n".join(errors) or server.log[-4000:]
+                reason = _reason(server.log)
                 raise AssertionError(f"the server did not start: {e}\n{reason}") from e
-            yield server
+            try:
+                yield server
+            except requests.RequestException as e:
+                reason = _reason(server.log)
+                raise AssertionError(f"the server failed: {e}\n{reason}") from e
         finally:
             kill_process_tree(process.pid)

@@ -5,6 +5,7 @@ than index_topk: below that every token is selected and nothing shows.
 """
 
 import collections
+import contextlib
 import json
 import os
 import sys
@@ -44,9 +45,10 @@ HEAD_GAIN = 3.0
 # Mean error of a log-probability: bf16 rounding alone makes it 0.03 to 0.05, another
 # selection of as many keys in the sharing layers 0.14 or more.
 TOLERANCE = 0.1
-# Tokens whose log-probabilities are closer than bf16 can tell.
-TIE = 0.1
-SERVERS_AT_A_TIME = 2
+# Logits of 8 to 16 are 1/16 apart in bf16, and each of two ways to a token's hidden
+# state is some steps off; a token of another text is several units behind.
+TIE = 0.5
+SERVERS_AT_A_TIME = 3
 
 
 def make_weights(config: Dict, seed: int) -> Dict[str, torch.Tensor]:
@@ -335,11 +337,16 @@ class TestDSAIndexSharingCuda(CustomTestCase):
         ]
         # Servers take a minute to start, so those of later tests start meanwhile.
         cls.pool = ThreadPoolExecutor(SERVERS_AT_A_TIME)
+        cls.stack = contextlib.ExitStack()
+        cls.plain = cls.pool.submit(
+            cls.stack.enter_context, launch_server(cls.model, ARGS)
+        )
         cls.drafts = {draft: cls.pool.submit(cls._draft, draft) for draft in DRAFTS}
 
     @classmethod
     def tearDownClass(cls):
         cls.pool.shutdown(cancel_futures=True)
+        cls.stack.close()
         cls.folder.cleanup()
 
     def _errors(self, server, reference: List[torch.Tensor]) -> torch.Tensor:
@@ -363,8 +370,7 @@ class TestDSAIndexSharingCuda(CustomTestCase):
         expected = [reference.logprobs(prompt) for prompt in self.prompts]
         del reference
         torch.cuda.empty_cache()
-        with launch_server(self.model, ARGS) as server:
-            errors = self._errors(server, expected)
+        errors = self._errors(self.plain.result(), expected)
         mean = errors.mean(-1)
         print(f"measured: mean errors {mean.tolist()}, largest {errors.max().item()}")
         self.assertLess(
@@ -430,21 +436,21 @@ class TestDSAIndexSharingCuda(CustomTestCase):
         if any(set(_calls(run["records"])) - {0} != {1} for run in runs.values()):
             self.skipTest("draft steps do not reuse indices")
         alone: Dict[int, List[int]] = {}
-        with launch_server(self.model, ARGS) as server:
-            for draft, run in runs.items():
-                behind = [0.0]
-                for prompt, output in run["outputs"]:
-                    if len(prompt) not in alone:
-                        plain = server.generate([prompt], len(output))[0]
-                        alone[len(prompt)] = plain["output_ids"]
-                    if output != alone[len(prompt)]:
-                        behind += self._behind_the_best(server, prompt, output)
-                print(f"measured: {draft} at most {max(behind):.3f} behind the best")
-                self.assertLess(
-                    max(behind),
-                    TIE,
-                    f"text differs from the one without speculation ({draft})",
-                )
+        server = self.plain.result()
+        for draft, run in runs.items():
+            behind = [0.0]
+            for prompt, output in run["outputs"]:
+                if len(prompt) not in alone:
+                    plain = server.generate([prompt], len(output))[0]
+                    alone[len(prompt)] = plain["output_ids"]
+                if output != alone[len(prompt)]:
+                    behind += self._behind_the_best(server, prompt, output)
+            print(f"measured: {draft} at most {max(behind):.3f} behind the best")
+            self.assertLess(
+                max(behind),
+                TIE,
+                f"text differs from the one without speculation ({draft})",
+            )
 
     @staticmethod
     def _behind_the_best(server, prompt: List[int], output: List[int]) -> List[float]:

@@ -22,6 +22,8 @@ ARGS = [
     *("--moe-runner-backend", "triton"),
     *("--grammar-backend", "none"),
     *("--mem-fraction-static", "0.5", "--max-total-tokens", "32768"),
+    # 0.5.12.post1 compiles a kernel for each length up to this.
+    *("--chunked-prefill-size", "256"),
     *("--tp", "2", "--ep-size", "2", "--enable-eplb"),
     *("--eplb-rebalance-num-iterations", "20"),
     *("--cuda-graph-bs", "4"),

@@ -28,6 +28,8 @@ ARGS = [
     *("--moe-runner-backend", "triton"),
     *("--grammar-backend", "none"),
     *("--mem-fraction-static", "0.5", "--max-total-tokens", "32768"),
+    # 0.5.12.post1 compiles a kernel for each length up to this.
+    *("--chunked-prefill-size", "256"),
     *("--expert-distribution-recorder-mode", "stat"),
     "--disable-radix-cache",
     # Overlapped, a finished request runs one more step, which counts too.
