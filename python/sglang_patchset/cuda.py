@@ -85,7 +85,10 @@ def machine() -> Machine:
     if not found["gpus"]:
         raise PatchsetError("no CUDA GPU: run this on a machine where nvidia-smi and torch show one")
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PatchsetError(f"nvidia-smi: {error}: put the driver's tools on PATH") from None
     name, memory = found["gpus"][0]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(len(found["gpus"]))]
@@ -108,8 +111,7 @@ def pairs(catalog: Catalog) -> list[Pair]:
 def run(
     catalog: Catalog, chosen: Sequence[Pair], box: Machine, cache: Path, report: Callable[[str], None]
 ) -> list[Verdict]:
-    """Run these suites on both trees, several at a time; without those that need
-    more GPUs than there are.
+    """Run these suites on both trees, several at a time; not those that need more GPUs than there are.
 
     Args:
         cache: a directory for the unpacked releases and the tests' output, kept for the next run.

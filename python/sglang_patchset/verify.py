@@ -236,6 +236,8 @@ class Runner:
                 output = process.communicate()[0] + f"\nnot done within {_TIMEOUT} s"
             else:
                 _kill(process)
+            if self._ended:
+                raise CancelledError
             cases: dict[str, dict[str, Case]] = {}
             if report.exists():
                 for file, name, case in _cases(report):

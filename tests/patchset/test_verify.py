@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,33 @@ def test_absent_code(bug: Catalog) -> None:
     code.touch()
     (verdict,) = _verify(tables)
     assert (verdict.outcome, verdict.detail) == (Outcome.ERROR, "has sglang/bug.py")
+
+
+def test_what_is_ended_runs_no_further(bug: Catalog, tmp_path: Path) -> None:
+    """Neither the test that runs, nor what it started, nor one that comes later."""
+    child = tmp_path / "child"
+    _write_test(
+        bug,
+        "import subprocess, sys, time, unittest\n"
+        "class TestBug(unittest.TestCase):\n"
+        "    def test_bug(self):\n"
+        "        process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"        open({str(child)!r}, 'w').write(f'{{process.pid}}\\n')\n"
+        "        time.sleep(600)\n",
+    )
+    fix = bug.fixes["bug"]
+    release = bug.releases[Version("0.5.12")]
+    cell = verify.Cell(release, fix, fix.suite, verify.Tree.PUBLISHED, Outcome.RED)
+    with ThreadPoolExecutor() as pool:
+        with verify.Runner(bug.root.parent) as runner:
+            running = pool.submit(runner.verify, tmp_path / "trees" / "published", [cell])
+            while not child.exists() or not child.read_text():
+                assert not running.done()
+        for each in (running, pool.submit(runner.verify, tmp_path / "trees" / "published", [cell])):
+            with pytest.raises(CancelledError):
+                each.result(timeout=30)
+    state = Path(f"/proc/{child.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_interpreter_without_torch(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
