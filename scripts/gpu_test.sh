@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the regression tests that need a CUDA box and writes results/gpu-<GPU>-<date>.json; arguments go to
 # pytest, for example -k 0.5.12. REGRESSION_SEED=1 makes other weights and prompts.
-# The first run downloads SGLang's whole environment, 10 GB, for Python 3.12 (PYTHON=… names it); on a box
+# The first run downloads SGLang's whole environment, 7.5 GB, for Python 3.12 (PYTHON=… names it); on a box
 # without an index, unpack.sh of a bundle of scripts/pack_cuda_box.py comes first.
 set -euo pipefail
 
