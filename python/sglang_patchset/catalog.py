@@ -95,7 +95,7 @@ class Release:
 
     `patchset` is the number of the release's patch set, raised with every change to its series. `wheels`
     maps the published wheels' file names to their sha256, and `runs_with` the packages that the release
-    pins to their versions.
+    pins to their versions. `tree` is git's id of the files, as `checkout` commits them.
     """
 
     version: Version
@@ -104,6 +104,7 @@ class Release:
     python: tuple[str, ...]
     runs_with: Mapping[str, str]
     wheels: Mapping[str, str]
+    tree: str
 
     @property
     def patched_version(self) -> Version:
@@ -182,6 +183,7 @@ def _releases(table: Mapping[str, Any]) -> dict[Version, Release]:
             python=tuple(entry["python"]),
             runs_with=entry["runs-with"],
             wheels=entry["wheels"],
+            tree=entry.get("tree", ""),
         )
         for version, entry in table.items()
     }

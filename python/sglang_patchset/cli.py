@@ -14,7 +14,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from sglang_patchset import __version__, catalog, releases, series, status, targets, upstream, verify, wheels
+from sglang_patchset import (
+    __version__,
+    catalog,
+    queue,
+    releases,
+    series,
+    status,
+    targets,
+    upstream,
+    verify,
+    wheels,
+)
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.status import FixState, Report
@@ -123,6 +134,10 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
     verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
     verb.set_defaults(run=_checkout)
 
+    verb = verbs.add_parser("refresh", help="write patches/ again from the commits of such a repository")
+    verb.add_argument("directory", type=Path, metavar="DIR", help="what `checkout` made")
+    verb.set_defaults(run=_refresh)
+
     verb = verbs.add_parser("verify", help="red on the published release, green on the patched one")
     verb.add_argument("fixes", nargs="*", metavar="FIX", help="default: all")
     versions = [*tables.releases, *tables.references]
@@ -140,7 +155,7 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
 def _list(tables: Catalog, _: argparse.Namespace) -> int:
     rows = []
     for fix in tables.fixes.values():
-        pinned = [cell.state.value for version in tables.releases if (cell := fix.cell(version))]
+        pinned = [cell.state.value if (cell := fix.cell(version)) else "?" for version in tables.releases]
         later = [f"{fix.cells[versions].state.value} {versions}" for versions in fix.later(tables.releases)]
         rows.append((fix.name, f"#{fix.upstream_pr}", *pinned, ", ".join(later)))
     _print_table(("fix", "upstream", *map(str, tables.releases), "later"), rows)
@@ -190,6 +205,15 @@ def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
         published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
         upstream.checkout(tables, published, options.directory)
     print(f"{options.directory}: `git log -p` there shows the fixes")
+    return 0
+
+
+def _refresh(tables: Catalog, options: argparse.Namespace) -> int:
+    done = queue.refresh(tables, options.directory)
+    rows = [(fix, name, change.value) for fix, name, change in done.changes]
+    _print_table(("fix", f"patches/{done.release.version}", ""), rows)
+    for reminder in done.reminders:
+        print(reminder)
     return 0
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sglang_patchset.errors import PatchsetError
@@ -47,19 +49,35 @@ def apply(patch: Path, tree: Path, *, only: Sequence[str], reverse: bool = False
     return result.returncode == 0
 
 
-def run(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+def run(*args: str, cwd: Path, env: Mapping[str, str] | None = None, stdin: Path | None = None) -> str:
     """Run git in a repository at `cwd` and return what it printed.
 
     Raises:
         PatchsetError: git is missing, or the command failed; the message has git's own first line.
     """
-    result = _call(*args, cwd=cwd, env=env)
+    result = _call(*args, cwd=cwd, env=env, stdin=stdin)
     if result.returncode:
         raise PatchsetError(f"git {args[0]} failed in {cwd}: {_reason(result.stderr)}")
     return result.stdout
 
 
-def _call(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+@contextlib.contextmanager
+def reading(repository: Path) -> Iterator[Path]:
+    """A bare repository that has another one's objects, and none of its configuration and attributes.
+
+    What is written into it goes with it.
+    """
+    objects = run("rev-parse", "--path-format=absolute", "--git-path", "objects", cwd=repository)
+    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+        bare = Path(scratch)
+        run("init", "--quiet", "--bare", "--template=", cwd=bare)
+        (bare / "objects" / "info" / "alternates").write_text(objects)
+        yield bare
+
+
+def _call(
+    *args: str, cwd: Path, env: Mapping[str, str] | None = None, stdin: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     clean |= {
         "GIT_CONFIG_NOSYSTEM": "1",
@@ -69,18 +87,20 @@ def _call(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> subpro
         "LC_ALL": "C",  # messages are told apart by their text
     }
     config = [word for setting in _CONFIG for word in ("-c", setting)]
-    try:
-        return subprocess.run(
-            ["git", *config, *args],
-            cwd=cwd,
-            env=clean | dict(env or {}),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except FileNotFoundError:
-        raise PatchsetError("there is no git on the PATH: install git and run this again") from None
+    with Path(stdin or os.devnull).open("rb") as source:
+        try:
+            return subprocess.run(
+                ["git", *config, *args],
+                cwd=cwd,
+                env=clean | dict(env or {}),
+                stdin=source,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+        except FileNotFoundError:
+            raise PatchsetError("there is no git on the PATH: install git and run this again") from None
 
 
 def _reason(stderr: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from sglang_patchset import catalog, cli, patches, releases
+from sglang_patchset import catalog, cli, patches, releases, upstream
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.patches import Series
 
@@ -100,6 +101,55 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
         return Result(code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of this project whose patches can be changed."""
+    for name in ("python", "patches", "tests/regression"):
+        shutil.copytree(ROOT / name, tmp_path / "project" / name)
+    return tmp_path / "project"
+
+
+def from_copy(project: Path, *arguments: object) -> Result:
+    """Run the tool of a copy."""
+    env = {**os.environ, "PYTHONPATH": str(project / "python")}
+    command = [sys.executable, "-m", "sglang_patchset", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def checkouts(
+    wheels: Mapping[str, Path], tables: Catalog, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
+    """A checkout of each release; nothing may change them."""
+    directory = tmp_path_factory.mktemp("checkouts")
+    for release, wheel in wheels.items():
+        upstream.checkout(tables, wheel, directory / release)
+    return {release: directory / release for release in wheels}
+
+
+@pytest.fixture
+def checkout(checkouts: Mapping[str, Path], tmp_path: Path) -> Path:
+    """A checkout of 0.5.12."""
+    return copy(checkouts["0.5.12"], tmp_path / "checkout")
+
+
+def copy(checkout: Path, target: Path) -> Path:
+    """A copy of a checkout, in which its maker commits; git appends to some of its own files."""
+    link(checkout, target)
+    shutil.rmtree(target / ".git")
+    shutil.copytree(checkout / ".git", target / ".git")
+    for name, value in (("name", "A Contributor"), ("email", "contributor@example.org")):
+        git(target, "config", f"user.{name}", value)
+    return target
+
+
+def git(repository: Path, *arguments: str) -> str:
+    """Run the user's git in a repository."""
+    command = ["git", "-C", str(repository), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def link(source: Path, target: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import pytest
 
 from sglang_patchset import cli
 
-from .conftest import ROOT, Command, Result, digest, edit
+from .conftest import ROOT, Command, Result, digest, edit, from_copy
 
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
 
@@ -123,24 +122,9 @@ def test_no_permission(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert digest(tree) == before
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """A copy of this project whose patches can be broken."""
-    for name in ("python", "patches"):
-        shutil.copytree(ROOT / name, tmp_path / "project" / name)
-    return tmp_path / "project"
-
-
-def from_copy(project: Path, *arguments: object) -> Result:
-    env = {**os.environ, "PYTHONPATH": str(project / "python")}
-    command = [sys.executable, "-m", "sglang_patchset", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def test_broken_patch_files(tree: Path, broken: Path) -> None:
+def test_broken_patch_files(tree: Path, project: Path) -> None:
     before = digest(tree)
-    patch = broken / "patches" / "0.5.12" / "0001-hash-topk-dummy-weights.patch"
+    patch = project / "patches" / "0.5.12" / "0001-hash-topk-dummy-weights.patch"
     whole = patch.read_text()
     for text, message in [
         (whole[: whole.rindex("\n ")], "git cannot read it"),
@@ -149,16 +133,16 @@ def test_broken_patch_files(tree: Path, broken: Path) -> None:
     ]:
         assert text != whole
         patch.write_text(text)
-        refusal = from_copy(broken, "apply", tree).refusal()
+        refusal = from_copy(project, "apply", tree).refusal()
         assert f"{patch}: {message}" in refusal
         assert "install sglang-patchset again" in refusal
         assert digest(tree) == before
     patch.write_text(whole.replace("\n+        # ", "\n+        ## "))
-    refusal = from_copy(broken, "apply", tree).refusal()
+    refusal = from_copy(project, "apply", tree).refusal()
     assert f"{patch.parent}: {HASH_TOPK} does not become what these patches say" in refusal
     assert digest(tree) == before
     patch.unlink()
-    assert f"{patch}: No such file or directory" in from_copy(broken, "status", tree).refusal()
+    assert f"{patch}: No such file or directory" in from_copy(project, "status", tree).refusal()
 
 
 def test_checkout_needs_a_new_directory(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:

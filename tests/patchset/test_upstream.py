@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from zipfile import ZipFile
@@ -11,12 +10,7 @@ import pytest
 
 from sglang_patchset.patches import Series
 
-from .conftest import Command
-
-
-def git(repository: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(repository), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+from .conftest import Command, git
 
 
 def test_one_commit_for_each_fix(
