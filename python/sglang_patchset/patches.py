@@ -14,7 +14,17 @@ from sglang_patchset.errors import PatchsetError
 
 _NAME = re.compile(r"\d{4}-(?P<fix>.+)\.patch")
 _FILE = re.compile(r"^diff --git a/python/(?P<path>\S+) b/python/(?P=path)$")
+_HUNK = re.compile(rb"@@ -(?P<line>\d+)")
 _INDEX = re.compile(r"^index (?P<old>[0-9a-f]{40})\.\.(?P<new>[0-9a-f]{40}) 100(644|755)$")
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """One place that a patch changes: its first line's number before, and its lines before and after."""
+
+    line: int
+    before: bytes
+    after: bytes
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,14 @@ class Patch:
     path: Path
     sha256: str
     files: Mapping[str, tuple[str, str]]
+
+    def hunks(self, path: str) -> list[Hunk]:
+        """The hunks of one file."""
+        _, _, rest = self.path.read_bytes().partition(f"\ndiff --git a/python/{path} b/".encode())
+        ours, _, _ = rest.partition(b"\ndiff --git ")
+        # A hunk's own lines begin with a blank, a sign or a backslash.
+        _, *bodies = re.split(rb"^(?=@@ -)", ours + b"\n", flags=re.MULTILINE)
+        return [_hunk(body) for body in bodies]
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,25 @@ def load(catalog: Catalog, release: Release) -> Series:
 def digest(patches: Iterable[Patch]) -> str:
     """A name for these very patches in this order, in hexadecimal."""
     return hashlib.sha256("".join(patch.sha256 for patch in patches).encode()).hexdigest()
+
+
+def _hunk(body: bytes) -> Hunk:
+    header, *lines = body.splitlines(keepends=True)
+    match = _HUNK.match(header)
+    assert match, "git writes no other header"
+    sides: dict[bytes, list[bytes]] = {b"-": [], b"+": []}
+    kind = b""
+    for line in lines:
+        if line.startswith(b"\\"):  # "\ No newline at end of file" is said of the line before
+            for sign in sides:
+                if sides[sign] and kind in (b" ", sign):
+                    sides[sign][-1] = sides[sign][-1].removesuffix(b"\n")
+            continue
+        kind = line[:1]
+        for sign in sides:
+            if kind in (b" ", sign):
+                sides[sign].append(line[1:])
+    return Hunk(int(match["line"]), b"".join(sides[b"-"]), b"".join(sides[b"+"]))
 
 
 def _read(path: Path) -> Patch:

@@ -85,7 +85,7 @@ def _survey(catalog: Catalog, version: Version | None, read: Reader) -> Survey |
     """The survey of the pinned release that a tree is."""
     claimed = catalog.releases.get(published_version(version)) if version else None
     taken = survey.take(patches.load(catalog, claimed), read) if claimed else None
-    if taken and not any(state.problem for state in taken.files.values()):
+    if taken and not taken.foreign():
         return taken
     # A checkout's version may be that of another commit, or of none: its files may still be a release's.
     others = [patches.load(catalog, each) for each in catalog.releases.values() if each is not claimed]
@@ -100,11 +100,17 @@ def _by_bytes(fix: Fix, found: Survey, applied: Receipt | None) -> FixStatus:
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     patch = found.series.patch(fix.name)
     presence, reason = found.presence(patch)
-    if presence is Presence.UNKNOWN and applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
+    foreign = [path for path in found.foreign() if path in patch.files]
+    # Among other changes, a patch that has more than ours cannot be told from them.
+    unsure = presence is Presence.UNKNOWN or foreign
+    if unsure and applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
         reason = f"applied by {applied.tool} from another patch: revert it with that version"
+        return FixStatus(fix, FixState.UNKNOWN, reason)
     # The note says what the release lacks.
-    note = "" if presence is Presence.IN else cell.note
-    return FixStatus(fix, _FROM_TREE[presence], reason or note)
+    notes = [reason or ("" if presence is Presence.IN else cell.note)]
+    if foreign and presence is not Presence.UNKNOWN:
+        notes.append(f"other changes too in {', '.join(foreign)}")
+    return FixStatus(fix, _FROM_TREE[presence], "; ".join(filter(None, notes)))
 
 
 def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reader) -> FixStatus:

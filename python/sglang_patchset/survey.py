@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -25,11 +25,17 @@ class Presence(Enum):
 
 @dataclass(frozen=True)
 class FileState:
-    """One touched file: its bytes, and the fixes that are in it; or why nobody can tell."""
+    """One touched file: its bytes, and the fixes that are in it; or why nobody can tell.
+
+    `foreign` says that somebody else's changes are in it too; `conflicts` names the fixes whose lines those
+    touch, each with the place.
+    """
 
     content: bytes = b""
     applied: frozenset[str] = frozenset()
     problem: str = ""
+    foreign: bool = False
+    conflicts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Survey:
     def presence(self, patch: Patch) -> tuple[Presence, str]:
         """Whether a patch is in the tree, and the reason where it is unknown."""
         states = {path: self.files[path] for path in patch.files}
-        problems = [f"{path} {state.problem}" for path, state in states.items() if state.problem]
+        reasons = {path: state.problem or state.conflicts.get(patch.fix) for path, state in states.items()}
+        problems = [f"{path} {reason}" for path, reason in reasons.items() if reason]
         if problems:
             return Presence.UNKNOWN, "; ".join(problems)
         having = [path for path, state in states.items() if patch.fix in state.applied]
@@ -52,6 +59,10 @@ class Survey:
             return Presence.IN, ""
         lacking = [path for path in states if path not in having]
         return Presence.UNKNOWN, f"half patched: {', '.join(having)} has it, {', '.join(lacking)} lacks it"
+
+    def foreign(self) -> list[str]:
+        """The touched files that have somebody else's changes too, or are missing."""
+        return [path for path, state in self.files.items() if state.foreign or state.problem]
 
 
 def take(series: Series, read: Reader) -> Survey:
@@ -63,28 +74,28 @@ def matches(series: Series, read: Reader) -> bool:
     """Whether every touched file is the release's own, with any of the fixes in it."""
     # Files that one patch touches come first: blob ids alone settle those.
     paths = sorted(series.files, key=lambda path: len(series.files[path]))
-    return not any(_inspect(series, path, read(path)).problem for path in paths)
+    contents = ((path, read(path)) for path in paths)
+    return bool(paths) and all(
+        content is not None and _own(series, path, content) for path, content in contents
+    )
 
 
 def rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, bytes]:
     """The bytes of these files, by path, each with exactly the wanted fixes in it.
 
+    Somebody else's changes stay as they are: what is wanted leads back to the bytes that were found.
+
     Raises:
-        PatchsetError: git is missing, or a patch file is broken.
+        PatchsetError: git is missing, a patch file is broken, or somebody else's changes stand in the way.
     """
-    series, states = found.series, {path: found.files[path] for path in wanted}
-    with _scratch({path: state.content for path, state in states.items()}) as tree:
-        for patch in reversed(series.patches):
-            paths = [path for path, state in states.items() if patch.fix in state.applied]
-            _must(git.apply(patch.path, tree, only=paths, reverse=True), patch)
-        for patch in series.patches:
-            paths = [path for path in wanted if patch.fix in wanted[path] and path in patch.files]
-            _must(git.apply(patch.path, tree, only=paths), patch)
-        contents = {path: (tree / path).read_bytes() for path in wanted}
-    for path, content in contents.items():
+    contents = _rewrite(found, wanted)
+    series = found.series
+    foreign = [path for path in contents if found.files[path].foreign]
+    _check_way_back(found, {path: contents[path] for path in foreign}, wanted)
+    for path in contents.keys() - foreign:
         touching = series.files[path]
         whole = wanted[path] >= {patch.fix for patch in touching}
-        if whole and git.blob_id(content) != series.patched_id(path):
+        if whole and git.blob_id(contents[path]) != series.patched_id(path):
             directory = touching[0].path.parent
             raise PatchsetError(
                 f"{directory}: {path} does not become what these patches say: install sglang-patchset again"
@@ -92,10 +103,38 @@ def rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, bytes
     return contents
 
 
+def _check_way_back(found: Survey, contents: Mapping[str, bytes], wanted: Mapping[str, Set[str]]) -> None:
+    """See that files with somebody else's changes have what is wanted, and lead back to the same bytes."""
+    series = found.series
+    after = {path: _among_others(series, path, content) for path, content in contents.items()}
+    back = _rewrite(Survey(series, after), {path: found.files[path].applied for path in after})
+    for path, state in after.items():
+        before = found.files[path]
+        fixes = wanted[path] & {patch.fix for patch in series.files[path]}
+        if state.applied != fixes or back[path] != before.content:
+            raise PatchsetError(_in_the_way([path], fixes ^ before.applied))
+
+
+def _rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, bytes]:
+    series, states = found.series, {path: found.files[path] for path in wanted}
+    with _scratch({path: state.content for path, state in states.items()}) as tree:
+        for patch in reversed(series.patches):
+            paths = [path for path, state in states.items() if patch.fix in state.applied]
+            _must(git.apply(patch.path, tree, only=paths, reverse=True), patch, paths, found)
+        for patch in series.patches:
+            paths = [path for path in wanted if patch.fix in wanted[path] and path in patch.files]
+            _must(git.apply(patch.path, tree, only=paths), patch, paths, found)
+        return {path: (tree / path).read_bytes() for path in wanted}
+
+
 def _inspect(series: Series, path: str, content: bytes | None) -> FileState:
-    release = series.release.version
     if content is None:
         return FileState(problem="is missing")
+    return _own(series, path, content) or _among_others(series, path, content)
+
+
+def _own(series: Series, path: str, content: bytes) -> FileState | None:
+    """The state of a file that is the release's own, with any of the fixes in it; None for any other."""
     patches = series.files[path]
     found = git.blob_id(content)
     if found == series.published_id(path):
@@ -105,9 +144,46 @@ def _inspect(series: Series, path: str, content: bytes | None) -> FileState:
     # With two patches or more, some of them may be in.
     if len(patches) > 1 and (applied := _take_off(series, path, content)):
         state = FileState(content, applied)
-        if rewrite(Survey(series, {path: state}), {path: applied})[path] == content:
+        if _rewrite(Survey(series, {path: state}), {path: applied})[path] == content:
             return state
-    return FileState(content, problem=f"differs from SGLang {release}")
+    return None
+
+
+def _among_others(series: Series, path: str, content: bytes) -> FileState:
+    """The state of a file that has somebody else's changes, told by the lines of each patch alone.
+
+    A patch is in, or out, where each of its hunks has its lines after, or before, exactly once, and those of
+    the other side nowhere: whatever git does with it, there is no second place.
+    """
+    applied, conflicts = set(), {}
+    for patch in series.files[path]:
+        hunks = patch.hunks(path)
+        sides = [(_count(content, hunk.before), _count(content, hunk.after)) for hunk in hunks]
+        if set(sides) == {(0, 1)}:
+            applied.add(patch.fix)
+        elif set(sides) != {(1, 0)}:
+            line, reason = _conflict([hunk.line for hunk in hunks], sides)
+            conflicts[patch.fix] = f"{reason} the hunk at line {line} of {patch.path.name}"
+    return FileState(content, frozenset(applied), foreign=True, conflicts=conflicts)
+
+
+def _conflict(lines: Sequence[int], sides: Sequence[tuple[int, int]]) -> tuple[int, str]:
+    """The first hunk in whose way something stands, by its line, and what that is."""
+    for line, side in zip(lines, sides, strict=True):
+        if side == (0, 0):
+            return line, "has other changes in the place of"
+        if side not in ((0, 1), (1, 0)):
+            return line, "has more than one place for"
+    line = next(line for line, side in zip(lines, sides, strict=True) if side != sides[0])
+    return line, f"is half patched, and {'lacks' if sides[0] == (0, 1) else 'has'}"
+
+
+def _count(content: bytes, lines: bytes) -> int:
+    """How often whole lines stand in a file, those that overlap included."""
+    text, pattern, count, place = b"\n" + content, b"\n" + lines, 0, -1
+    while (place := text.find(pattern, place + 1)) >= 0:
+        count += 1
+    return count
 
 
 def _take_off(series: Series, path: str, content: bytes) -> frozenset[str]:
@@ -133,7 +209,17 @@ def _scratch(contents: Mapping[str, bytes]) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _must(done: bool, patch: Patch) -> None:
-    if not done:
-        release = patch.path.parent.name
-        raise PatchsetError(f"{patch.path}: does not fit SGLang {release}: install sglang-patchset again")
+def _must(done: bool, patch: Patch, paths: Sequence[str], found: Survey) -> None:
+    if done:
+        return
+    if foreign := [path for path in paths if found.files[path].foreign]:
+        raise PatchsetError(_in_the_way(foreign, {patch.fix}))
+    release = patch.path.parent.name
+    raise PatchsetError(f"{patch.path}: does not fit SGLang {release}: install sglang-patchset again")
+
+
+def _in_the_way(paths: Sequence[str], fixes: Set[str]) -> str:
+    return (
+        f"{', '.join(paths)}: other changes in it stand in the way of {', '.join(sorted(fixes))}: "
+        "put it back as the release has it, or name other fixes alone"
+    )

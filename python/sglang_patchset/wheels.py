@@ -58,6 +58,11 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
     found, fixes = series.select(catalog, status.examine(catalog, wheel), (), FixState.PATCHED)
     if not fixes:
         return wheel.file
+    if foreign := found.foreign():
+        raise PatchsetError(
+            f"{wheel}: has other changes in {', '.join(foreign)}, which was not published so: "
+            "install it and revert the fixes there"
+        )
     published = wheel.file.with_name(_name(wheel, found.series.release.version))
     if published.exists():
         # Where it lies there as published already, it stays the very file.

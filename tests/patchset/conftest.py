@@ -165,6 +165,14 @@ def edit(file: Path, text: str) -> None:
     file.write_text(content)
 
 
+def change(file: Path, old: str, new: str) -> None:
+    """Change the one place in a file; the file is replaced."""
+    content = file.read_text()
+    assert content.count(old) == 1
+    file.unlink()
+    file.write_text(content.replace(old, new))
+
+
 def digest(tree: Path) -> dict[str, str]:
     """What a tree consists of: every path, with its mode and the sha256 of its bytes."""
     return {

@@ -12,18 +12,23 @@ import pytest
 
 from sglang_patchset import cli
 
-from .conftest import ROOT, Command, Result, digest, edit, from_copy
+from .conftest import ROOT, Command, Result, change, digest, edit, from_copy
 
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
 
 
 def test_an_edited_file_is_named_with_the_fixes_that_need_it(tree: Path, command: Command) -> None:
-    edit(tree / HASH_TOPK, "# mine")
+    change(tree / HASH_TOPK, "self.score_func = scoring_func", "self.score_func = mine")
+    change(tree / HASH_TOPK, "from torch import nn\n", "from torch import mine\n")
     before = digest(tree)
     for verb in ("apply", "revert"):
         refusal = command(verb, tree).refusal()
-        for fix in ("hash-topk-dummy-weights", "dsv4-expert-distribution"):
-            assert f"{fix}: {HASH_TOPK} differs from SGLang 0.5.12" in refusal
+        for fix, hunk in (
+            ("hash-topk-dummy-weights", "37 of 0001-hash-topk-dummy-weights.patch"),
+            ("dsv4-expert-distribution", "7 of 0003-dsv4-expert-distribution.patch"),
+        ):
+            reason = f"{fix}: {HASH_TOPK} has other changes in the place of the hunk at line {hunk}"
+            assert reason in refusal
         assert digest(tree) == before
     # Fixes that do not need the file go in and out.
     assert command("apply", tree, "routed-experts-dp-buffer", "swa-graph-padding").code == 0
@@ -31,11 +36,11 @@ def test_an_edited_file_is_named_with_the_fixes_that_need_it(tree: Path, command
     assert digest(tree) == before
 
 
-def test_an_edit_of_a_patched_file_is_refused(tree: Path, command: Command) -> None:
+def test_an_edit_of_a_patched_line_is_refused(tree: Path, command: Command) -> None:
     assert command("apply", tree).code == 0
-    edit(tree / HASH_TOPK, "# mine")
+    change(tree / HASH_TOPK, "(token_ids.unsqueeze(1) + columns)", "(columns)")
     before = digest(tree)
-    assert HASH_TOPK in command("revert", tree).refusal()
+    assert f"{HASH_TOPK} has other changes in the place of the hunk" in command("revert", tree).refusal()
     assert digest(tree) == before
 
 

@@ -17,7 +17,7 @@ from sglang_patchset.patches import Series
 from sglang_patchset.series import contents
 from sglang_patchset.survey import Presence
 
-from .conftest import Command, digest, edit
+from .conftest import Command, change, digest
 
 DSV4, HASH, DSA = "dsv4-expert-distribution", "hash-topk-dummy-weights", "dsa-index-sharing"
 # No repository around the temporary directory may have a say.
@@ -100,11 +100,12 @@ def _states(table: str) -> dict[str, str]:
     return {line.split()[0]: line.split()[2] for line in table.splitlines()[2:]}
 
 
-def test_an_edit_makes_the_fixes_of_that_file_unknown(tree: Path, command: Command) -> None:
+def test_an_edit_in_a_fix_s_place_makes_it_unknown(tree: Path, command: Command) -> None:
     assert command("apply", tree, DSV4).code == 0
-    edit(tree / HASH_TOPK, "# mine")
+    change(tree / HASH_TOPK, "self.score_func = scoring_func", "self.score_func = mine")
     states = _states(command("status", tree).out)
-    assert {fix for fix, state in states.items() if state == "unknown"} == {HASH, DSV4}
+    assert {fix for fix, state in states.items() if state == "unknown"} == {HASH}
+    assert states[DSV4] == "patched"
 
 
 def test_half_a_fix_is_named(tree: Path, unpacked: Mapping[str, Path], command: Command) -> None:

@@ -1,0 +1,270 @@
+"""Somebody else's changes in the files that fixes touch: they stay, byte for byte, or are named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from sglang_patchset import patches, survey
+from sglang_patchset.catalog import Catalog
+from sglang_patchset.git import blob_id
+from sglang_patchset.patches import Series
+from sglang_patchset.series import contents
+from sglang_patchset.survey import Presence
+
+from .conftest import Command, change, digest, edit, git, link
+
+HASH, DSV4, DSA = "hash-topk-dummy-weights", "dsv4-expert-distribution", "dsa-index-sharing"
+HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
+DEEPSEEK_V4 = "sglang/srt/models/deepseek_v4.py"
+SERVER_ARGS = "sglang/srt/server_args.py"
+
+
+def states(command: Command, target: Path) -> dict[str, tuple[str, str]]:
+    report = json.loads(command("status", target, "--json").out)
+    return {fix["name"]: (fix["state"], fix["detail"]) for fix in report["fixes"]}
+
+
+def test_every_fix_among_other_changes(series: Series, unpacked: Mapping[str, Path]) -> None:
+    """In every file at once: lines before and after what the fixes touch, so that all hunks have moved."""
+    base = unpacked[str(series.release.version)]
+    theirs = {path: b"# theirs\n" * 9 + (base / path).read_bytes() + b"# theirs\n" for path in series.files}
+    found = survey.take(series, theirs.get)
+    assert sorted(found.foreign()) == sorted(series.files)
+    every = frozenset(patch.fix for patch in series.patches)
+    for subset in (*(frozenset({fix}) for fix in every), every):
+        patched = {**theirs, **contents(found, add=subset)}
+        after = survey.take(series, patched.get)
+        for patch in series.patches:
+            expected = Presence.IN if patch.fix in subset else Presence.OUT
+            assert after.presence(patch) == (expected, "")
+        assert {**patched, **contents(after, remove=subset)} == theirs
+    # Theirs is no part of ours: taken out before or after, the same is left.
+    ours = {**theirs, **contents(found, add=every)}
+    assert {blob_id(data[9 * 9 : -9]) for data in ours.values()} == {
+        series.patched_id(path) for path in series.files
+    }
+
+
+def test_round_trip_among_other_changes(tree: Path, command: Command, tables: Catalog) -> None:
+    change(tree / HASH_TOPK, "class HashTopK(nn.Module):", "class Mine: pass\n\n\nclass HashTopK(nn.Module):")
+    edit(tree / SERVER_ARGS, "# mine")
+    before = digest(tree)
+    vulnerable = states(command, tree)
+    assert {state for state, _ in vulnerable.values()} == {"vulnerable"}
+    assert vulnerable[DSV4][1] == f"other changes too in {HASH_TOPK}"
+    assert vulnerable[DSA][1] == f"other changes too in {SERVER_ARGS}"
+    assert command("apply", tree).code == 0
+    patched = digest(tree)
+    assert {state for state, _ in states(command, tree).values()} == {"patched"}
+    assert "nothing to do" in command("apply", tree).out
+    for fix in tables.fixes:
+        assert command("revert", tree, fix).code == 0
+        assert states(command, tree)[fix][0] == "vulnerable"
+        assert command("apply", tree, fix).code == 0
+        assert digest(tree) == patched
+    assert command("revert", tree).code == 0
+    assert digest(tree) == before
+
+
+def test_changes_that_came_after_the_fixes(
+    tree: Path, unpacked: Mapping[str, Path], command: Command
+) -> None:
+    assert command("apply", tree).code == 0
+    change(tree / HASH_TOPK, "class HashTopK(nn.Module):", "class Mine: pass\n\n\nclass HashTopK(nn.Module):")
+    assert command("revert", tree).code == 0
+    original = (unpacked["0.5.12"] / HASH_TOPK).read_text()
+    mine = original.replace("class HashTopK(nn.Module):", "class Mine: pass\n\n\nclass HashTopK(nn.Module):")
+    assert (tree / HASH_TOPK).read_text() == mine
+    published = digest(unpacked["0.5.12"])
+    differing = {path for path, entry in digest(tree).items() if entry != published.get(path)}
+    # RECORD has said nothing true about the file since it was edited.
+    assert differing == {HASH_TOPK, "sglang-0.5.12.dist-info/RECORD"}
+
+
+def test_one_fix_of_a_file_stands_in_nobody_s_way(tree: Path, command: Command) -> None:
+    change(tree / HASH_TOPK, "self.score_func = scoring_func", "self.score_func = mine")
+    before = digest(tree)
+    found = states(command, tree)
+    assert found[HASH] == (
+        "unknown",
+        f"{HASH_TOPK} has other changes in the place of the hunk at line 37 of 0001-{HASH}.patch",
+    )
+    assert found[DSV4][0] == "vulnerable"
+    refusal = command("apply", tree).refusal()
+    assert f"{HASH}: {HASH_TOPK} has other changes in the place of the hunk at line 37" in refusal
+    assert digest(tree) == before
+    assert command("apply", tree, DSV4, DSA).code == 0
+    assert states(command, tree)[DSV4][0] == "patched"
+    assert command("revert", tree, DSV4, DSA).code == 0
+    assert digest(tree) == before
+
+
+def test_two_places_for_one_hunk(tree: Path, tables: Catalog, command: Command) -> None:
+    """git would take the nearest; nobody knows whether that is the right one."""
+    (hunk,) = patches.load(tables, tables.default).patch(HASH).hunks(HASH_TOPK)
+    text = (tree / HASH_TOPK).read_text()
+    for lines in (hunk.before, hunk.after):
+        (tree / HASH_TOPK).unlink()
+        (tree / HASH_TOPK).write_text(text + lines.decode())
+        before = digest(tree)
+        assert states(command, tree)[HASH] == (
+            "unknown",
+            f"{HASH_TOPK} has more than one place for the hunk at line 37 of 0001-{HASH}.patch",
+        )
+        assert "has more than one place" in command("apply", tree, HASH).refusal()
+        assert digest(tree) == before
+
+
+def test_half_of_a_file_s_hunks(tree: Path, command: Command) -> None:
+    assert command("apply", tree, DSV4).code == 0
+    edit(tree / HASH_TOPK, "# mine")
+    change(
+        tree / HASH_TOPK,
+        "        get_global_expert_distribution_recorder().on_select_experts(topk_ids=topk_ids)\n",
+        "",
+    )
+    assert states(command, tree)[DSV4] == (
+        "unknown",
+        f"{HASH_TOPK} is half patched, and lacks the hunk at line 131 of 0003-{DSV4}.patch",
+    )
+    before = digest(tree)
+    assert "is half patched" in command("revert", tree, DSV4).refusal()
+    assert digest(tree) == before
+
+
+def test_half_of_the_files(tree: Path, unpacked: Mapping[str, Path], command: Command) -> None:
+    assert command("apply", tree, DSV4).code == 0
+    (tree / DEEPSEEK_V4).unlink()
+    (tree / DEEPSEEK_V4).write_bytes((unpacked["0.5.12"] / DEEPSEEK_V4).read_bytes() + b"# mine\n")
+    state, detail = states(command, tree)[DSV4]
+    assert state == "unknown"
+    assert detail.startswith("half patched: ")
+    assert detail.endswith(f"has it, {DEEPSEEK_V4} lacks it")
+
+
+def test_other_line_ends_are_other_lines(tree: Path, command: Command) -> None:
+    content = (tree / HASH_TOPK).read_bytes()
+    (tree / HASH_TOPK).unlink()
+    (tree / HASH_TOPK).write_bytes(content.replace(b"\n", b"\r\n"))
+    assert {states(command, tree)[fix][0] for fix in (HASH, DSV4)} == {"unknown"}
+
+
+def test_what_git_does_is_checked(tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that does not lead back to the bytes that were found is none."""
+    from sglang_patchset import git as module
+
+    edit(tree / HASH_TOPK, "# mine")
+    before = digest(tree)
+    apply = module.apply
+
+    def careless(patch: Path, at: Path, *, only: list[str], reverse: bool = False) -> bool:
+        done = apply(patch, at, only=only, reverse=reverse)
+        for path in only:
+            (at / path).write_bytes((at / path).read_bytes().replace(b"# mine\n", b""))
+        return done
+
+    monkeypatch.setattr(module, "apply", careless)
+    refusal = command("apply", tree, HASH).refusal()
+    assert f"{HASH_TOPK}: other changes in it stand in the way of {HASH}" in refusal
+    monkeypatch.setattr(module, "apply", lambda *_, only, **__: not only)
+    assert f"{HASH_TOPK}: other changes in it stand in the way of {HASH}" in (
+        command("apply", tree, HASH).refusal()
+    )
+    assert digest(tree) == before
+
+
+def test_a_checkout_with_a_patch_of_somebody_else(checkout: Path, command: Command) -> None:
+    """One large patch for a training stack, on a container's checkout; then ours, and without ours."""
+    git(checkout, "checkout", "--quiet", "-b", "theirs", "release/0.5.12")
+    package = checkout / "python"
+    change(
+        package / HASH_TOPK, "class HashTopK(nn.Module):", "TRAINING = True\n\n\nclass HashTopK(nn.Module):"
+    )
+    edit(package / "sglang" / "utils.py", "# theirs")
+    edit(package / SERVER_ARGS, "# theirs")
+    theirs = git(checkout, "diff")
+    assert command("apply", checkout).code == 0
+    assert git(checkout, "diff") != theirs
+    # Theirs can be taken out under ours, and put back.
+    for reverse in (["--reverse"], []):
+        command_line = ["git", "-C", str(checkout), "apply", *reverse, "-"]
+        subprocess.run(command_line, check=True, input=theirs, text=True)
+        assert {state for state, _ in states(command, checkout).values()} == {"patched"}
+    assert command("revert", checkout).code == 0
+    assert git(checkout, "diff") == theirs
+
+
+def test_a_release_s_own_files_count_more_than_its_version(
+    unpacked: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    """What fits another release to the byte is that one, however well the claimed one's hunks would fit."""
+    tree = link(unpacked["0.5.12.post1"], tmp_path / "tree")
+    (tree / "sglang" / "_version.py").unlink()
+    (tree / "sglang" / "_version.py").write_text("__version__ = version = '0.5.12'\n")
+    report = json.loads(command("status", tree, "--json").out)
+    assert (report["version"], report["release"]) == ("0.5.12", "0.5.12.post1")
+
+
+def test_another_version_s_patch_among_other_changes(tree: Path, command: Command) -> None:
+    """What it has more than ours cannot be told from the other changes."""
+    assert command("apply", tree, HASH).code == 0
+    edit(tree / HASH_TOPK, "# as the other version's patch has it")
+    assert states(command, tree)[HASH][0] == "patched"
+    receipt = tree / "sglang" / "_patchset.json"
+    receipt.write_text(receipt.read_text().replace('"sha256": "', '"sha256": "0'))
+    state, detail = states(command, tree)[HASH]
+    assert state == "unknown"
+    assert "from another patch: revert it with that version" in detail
+
+
+def test_a_patched_wheel_with_other_changes_does_not_become_the_published_one(
+    tree: Path, command: Command, tmp_path: Path
+) -> None:
+    assert command("apply", tree).code == 0
+    edit(tree / HASH_TOPK, "# mine")
+    info = tree / "sglang-0.5.12+patchset.1.dist-info"
+    (tree / "sglang-0.5.12.dist-info").rename(info)
+    (info / "WHEEL").write_text("Wheel-Version: 1.0\nTag: py3-none-any\n")
+    from wheel.wheelfile import WheelFile
+
+    wheel = tmp_path / "sglang-0.5.12+patchset.1-py3-none-any.whl"
+    with WheelFile(wheel, "w") as archive:
+        archive.write_files(str(tree))
+    before = sorted(tmp_path.iterdir())
+    assert (
+        f"has other changes in {HASH_TOPK}, which was not published so" in command("revert", wheel).refusal()
+    )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_hunks_without_a_last_newline(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    patch = patches.Patch("x", tmp_path / "0001-x.patch", "", {})
+    head = "Subject: x\n\ndiff --git a/python/sglang/a.py b/python/sglang/a.py\n@@ -3,2 +3,2 @@ def\n a\n"
+    for body, before, after in [
+        ("-b\n\\ No newline at end of file\n+c\n", b"a\nb", b"a\nc\n"),
+        ("-b\n+c\n\\ No newline at end of file\n", b"a\nb\n", b"a\nc"),
+        ("+c\n b\n\\ No newline at end of file\n", b"a\nb", b"a\nc\nb"),
+    ]:
+        patch.path.write_text(head + body)
+        assert patch.hunks("sglang/a.py") == [patches.Hunk(3, before, after)]
+    assert patch.hunks("sglang/b.py") == []
+
+
+def test_every_hunk_is_read(series: Series, unpacked: Mapping[str, Path]) -> None:
+    """The hunks are those of the files: each has its place there, and the right line."""
+    base = unpacked[str(series.release.version)]
+    for path, touching in series.files.items():
+        lines = (base / path).read_bytes().splitlines(keepends=True)
+        for hunk in touching[0].hunks(path):
+            assert b"".join(lines[hunk.line - 1 :]).startswith(hunk.before)
+            assert hunk.before != hunk.after
+        for patch in touching:
+            text = patch.path.read_text()
+            section = text.split(f"diff --git a/python/{path} ")[1].split("\ndiff --git ")[0]
+            assert len(patch.hunks(path)) == section.count("\n@@ -")
