@@ -129,6 +129,19 @@ class Catalog:
         """The pinned versions as a message names them."""
         return ", ".join(map(str, self.releases))
 
+    def clone(self) -> Path:
+        """The clone of this project that the tables lie in; an installed package has no tests beside them.
+
+        Raises:
+            PatchsetError: they are those of an installed package.
+        """
+        if not (self.root.parent / "tests" / "regression").is_dir():
+            raise PatchsetError(
+                f"{self.root}: an installed package's patches: work in a clone of sglang-patchset, "
+                "installed by `pip install -e .`"
+            )
+        return self.root.parent
+
     def fix(self, name: str) -> Fix:
         """The fix of that name.
 
@@ -149,8 +162,7 @@ def published_version(version: Version) -> Version:
 def load(root: Path | None = None) -> Catalog:
     """Read both tables from `root`, by default the patch set that came with this package."""
     root = root or _patches_dir()
-    table = tomllib.loads((root / "releases.toml").read_text(encoding="utf-8"))
-    releases, references = (_releases(table[key]) for key in ("releases", "references"))
+    default, releases, references = parse_releases((root / "releases.toml").read_text(encoding="utf-8"))
     fixes = {
         name: Fix(
             name=name,
@@ -167,7 +179,14 @@ def load(root: Path | None = None) -> Catalog:
         )
         for name, entry in tomllib.loads((root / "fixes.toml").read_text(encoding="utf-8")).items()
     }
-    return Catalog(root, releases[Version(table["default"])], releases, references, fixes)
+    return Catalog(root, releases[default], releases, references, fixes)
+
+
+def parse_releases(text: str) -> tuple[Version, dict[Version, Release], dict[Version, Release]]:
+    """The default release, the pinned releases and the references, of the text of `releases.toml`."""
+    table = tomllib.loads(text)
+    releases, references = (_releases(table.get(key, {})) for key in ("releases", "references"))
+    return Version(table["default"]), releases, references
 
 
 def _suite(table: Mapping[str, Any]) -> Suite:

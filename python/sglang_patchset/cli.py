@@ -17,6 +17,7 @@ from typing import NoReturn
 from sglang_patchset import (
     __version__,
     catalog,
+    pins,
     queue,
     releases,
     series,
@@ -138,6 +139,11 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
     verb.add_argument("directory", type=Path, metavar="DIR", help="what `checkout` made")
     verb.set_defaults(run=_refresh)
 
+    verb = verbs.add_parser("pin", help="add a release to releases.toml, with an empty series")
+    verb.add_argument("release", metavar="RELEASE", help="its version")
+    verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
+    verb.set_defaults(run=_pin)
+
     verb = verbs.add_parser("verify", help="red on the published release, green on the patched one")
     verb.add_argument("fixes", nargs="*", metavar="FIX", help="default: all")
     versions = [*tables.releases, *tables.references]
@@ -205,6 +211,16 @@ def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
         published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
         upstream.checkout(tables, published, options.directory)
     print(f"{options.directory}: `git log -p` there shows the fixes")
+    return 0
+
+
+def _pin(tables: Catalog, options: argparse.Namespace) -> int:
+    release = pins.pin(tables, options.release, options.find_links)
+    done = "already pinned" if release.version in tables.releases else "pinned"
+    print(f"{release.version}: {done}, {len(release.wheels)} wheels for Python {', '.join(release.python)}")
+    for fix in tables.fixes.values():
+        if fix.cell(release.version) is None:
+            print(f"fixes.toml: says nothing of {fix.name} in {release.version}")
     return 0
 
 

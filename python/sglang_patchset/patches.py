@@ -64,9 +64,9 @@ class Series:
                 files[path] = (*files.get(path, ()), patch)
         return files
 
-    def patch(self, fix: str) -> Patch:
-        """The patch of a fix that the series has."""
-        return next(patch for patch in self.patches if patch.fix == fix)
+    def patch(self, fix: str) -> Patch | None:
+        """The patch of a fix; None where the series has none."""
+        return next((patch for patch in self.patches if patch.fix == fix), None)
 
     def published_id(self, path: str) -> str:
         """The blob id of the file as the release has it."""

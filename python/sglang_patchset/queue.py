@@ -16,8 +16,8 @@ from packaging.version import InvalidVersion, Version
 from sglang_patchset import git, patches
 from sglang_patchset.catalog import Catalog, CellState, Release
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.upstream import TAG
 
-TAG = "release/"
 _FIX, _TEST = "Patchset-Fix", "Regression-Test"
 _TRAILERS = (_FIX, "Upstream-PR", "Upstream-Status", "Affects", _TEST)
 # What git leaves in its directory while an operation waits for the user.
@@ -96,11 +96,7 @@ def opened(catalog: Catalog, directory: Path) -> Iterator[Queue]:
         PatchsetError: the repository is none of a pinned release, or not clean, or a commit is none that
             the series can have.
     """
-    if not (catalog.root.parent / "tests" / "regression").is_dir():
-        raise PatchsetError(
-            f"{catalog.root}: an installed package's patches: work in a clone of sglang-patchset, "
-            "installed by `pip install -e .`"
-        )
+    catalog.clone()
     check_clean(directory)
     release = base_release(catalog, directory)
     head = git.run("rev-parse", "HEAD", cwd=directory).strip()
@@ -199,7 +195,7 @@ def _check(catalog: Catalog, bare: Path, commit: str) -> str:
             f"{_named(bare, commit)}: unknown fix {fix}: add it to fixes.toml, or choose from "
             f"{', '.join(catalog.fixes)}"
         )
-    if not (catalog.root.parent / test).is_file():
+    if not (catalog.clone() / test).is_file():
         raise PatchsetError(f"{_named(bare, commit)}: its regression test {test} does not exist: write it")
     changes = git.run("diff-tree", "-r", "--no-renames", "--raw", "-z", "--no-commit-id", commit, cwd=bare)
     fields = changes.rstrip("\0").split("\0")

@@ -111,25 +111,43 @@ def _download(release: Release, scratch: Path, find_links: Path | None, tag: Tag
     # With the hashes in its hands, pip refuses anything but the published wheels before it opens them.
     hashes = [f"--hash=sha256:{sha256}" for sha256 in release.wheels.values()]
     requirements.write_text(" ".join([requirement, *hashes]) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    # Only its verbose output says what a package index answered; it must not wait for a password.
-    command += ["-vv", "--no-input", "--dest", str(scratch), "--requirement", str(requirements)]
-    if find_links:
-        command += ["--no-index", "--find-links", str(find_links)]
+    options = [f"--dest={scratch}", f"--requirement={requirements}"]
     if tag:
-        command += ["--python-version", tag.interpreter[2:], "--platform", tag.platform]
-    result = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-    )
+        options += [f"--python-version={tag.interpreter[2:]}", f"--platform={tag.platform}"]
+    result = pip("download", *options, find_links=find_links)
     if result.returncode:
-        raise PatchsetError(_reason(release, result.stdout, result.stderr))
+        raise PatchsetError(
+            why(release.version, result, f" (there are some for {', '.join(release.python)})")
+        )
     (wheel,) = scratch.glob("*.whl")
     return wheel
 
 
-def _reason(release: Release, stdout: str, stderr: str) -> str:
-    """What a failed download means to its user."""
-    requirement = f"sglang=={release.version}"
+def pip(verb: str, *options: str, find_links: Path | None) -> subprocess.CompletedProcess[str]:
+    """Run the user's pip on wheels, and say all that it can about them.
+
+    Args:
+        find_links: a directory of wheels to use in place of the package index.
+    """
+    # Only its verbose output says what a package index answered; it must not wait for a password.
+    command = [sys.executable, "-m", "pip", *verb.split(), "-vv", "--no-input", "--only-binary=:all:"]
+    command += ["--no-deps"] * (verb == "download")
+    if find_links:
+        command += ["--no-index", "--find-links", str(find_links)]
+    return subprocess.run(
+        [*command, *options],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+
+
+def why(version: Version, result: subprocess.CompletedProcess[str], others: str = "") -> str:
+    """What a failed download means to its user; `others` says which wheels there are."""
+    requirement = f"sglang=={version}"
+    stdout, stderr = result.stdout, result.stderr
     # An index that does not have SGLang says 404; another one may have it.
     failures = [each for each in _UNREACHED.findall(stdout) if not each[1].startswith("404 ")]
     if failures:
@@ -143,8 +161,8 @@ def _reason(release: Release, stdout: str, stderr: str) -> str:
     if "No matching distribution found" in stderr:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (
-            f"{requirement}: pip finds no wheel for this machine and Python {python} (there are some for "
-            f"{', '.join(release.python)}): check pip's index, or name a wheel file"
+            f"{requirement}: pip finds no wheel for this machine and Python {python}{others}: "
+            "check pip's index, or name a wheel file"
         )
     errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
     return (

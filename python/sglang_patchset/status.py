@@ -94,11 +94,15 @@ def _survey(catalog: Catalog, version: Version | None, read: Reader) -> Survey |
 
 
 def _by_bytes(fix: Fix, found: Survey, applied: Receipt | None) -> FixStatus:
-    cell = fix.cell(found.series.release.version)
-    assert cell is not None, "fixes.toml has a cell for every pinned release"
+    release = found.series.release.version
+    cell = fix.cell(release)
+    if cell is None:
+        return FixStatus(fix, FixState.UNKNOWN, f"fixes.toml says nothing of it in {release}")
     if cell.state is not CellState.PATCH:
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     patch = found.series.patch(fix.name)
+    if patch is None:
+        return FixStatus(fix, FixState.UNKNOWN, f"the series of {release} has no patch for it")
     presence, reason = found.presence(patch)
     foreign = [path for path in found.foreign() if path in patch.files]
     # Among other changes, a patch that has more than ours cannot be told from them.

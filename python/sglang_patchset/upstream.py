@@ -7,9 +7,11 @@ import tempfile
 from pathlib import Path
 
 from sglang_patchset import git, patches, releases
-from sglang_patchset.catalog import Catalog
+from sglang_patchset.catalog import Catalog, Release
 from sglang_patchset.errors import PatchsetError
 
+# The base commit's tag, before the version.
+TAG = "release/"
 # SGLang's own repository ignores these: a build makes them. The tree needs them to run.
 _IGNORED = ("/python/sglang/_version.py", "/python/sglang/srt/grpc/_core*.so")
 
@@ -37,20 +39,29 @@ def checkout(catalog: Catalog, wheel: Path, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".patchset-") as scratch:
         repository = Path(scratch, "repository")
-        repository.mkdir()
-        _unpack(wheel, repository / "python")
-        _git(repository, release.date, "init", "--quiet", "--template=", "--initial-branch=patchset")
-        (repository / ".git" / "info").mkdir()
-        (repository / ".git" / "info" / "exclude").write_text("\n".join([*_IGNORED, "__pycache__/", ""]))
-        _git(repository, release.date, "add", "--all", "python")
-        message = (
-            f"SGLang {release.version}\n\nThe files of {wheel.name}\nsha256 {release.wheels[wheel.name]}\n"
-        )
-        _git(repository, release.date, "commit", "--quiet", "--message", message)
-        _git(repository, release.date, "tag", f"release/{release.version}")
+        commit_release(release, wheel, repository)
         files = [str(patch.path) for patch in series.patches]
         _git(repository, release.date, "am", "--quiet", "--committer-date-is-author-date", *files)
         os.rename(repository, directory)
+
+
+def commit_release(release: Release, wheel: Path, repository: Path) -> None:
+    """Make a repository whose one commit is the release, with the tag `release/<version>`."""
+    _unpack(wheel, repository / "python")
+    _git(repository, release.date, "init", "--quiet", "--template=", "--initial-branch=patchset")
+    (repository / ".git" / "info").mkdir()
+    (repository / ".git" / "info" / "exclude").write_text("\n".join([*_IGNORED, "__pycache__/", ""]))
+    _git(repository, release.date, "add", "--all", "python")
+    message = f"SGLang {release.version}\n\nThe files of {wheel.name}\nsha256 {release.wheels[wheel.name]}\n"
+    _git(repository, release.date, "commit", "--quiet", "--message", message)
+    _git(repository, release.date, "tag", f"{TAG}{release.version}")
+
+
+def tree(release: Release, wheel: Path) -> str:
+    """git's id of the release's files, as `checkout` commits them."""
+    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+        commit_release(release, wheel, Path(scratch))
+        return git.run("rev-parse", "HEAD^{tree}", cwd=Path(scratch)).strip()
 
 
 def _unpack(wheel: Path, directory: Path) -> None:

@@ -37,7 +37,9 @@ def patch(catalog: Catalog, wheel: Wheel, out: Path) -> Path:
         _, missing = series.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
         if not missing:
             return wheel.file
-    releases.check(catalog, wheel.file)
+    release = releases.check(catalog, wheel.file)
+    if not release.patchset:
+        raise PatchsetError(f"{wheel}: SGLang {release.version} has no patch set: see `sglang-patchset list`")
     found, fixes = series.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
     changed: dict[str, bytes | None] = {
         **series.contents(found, add=frozenset(fixes)),

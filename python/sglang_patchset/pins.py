@@ -1,0 +1,176 @@
+"""A release in `releases.toml`: what the package index has of it, added to the table."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from sglang_patchset import releases, upstream
+from sglang_patchset.catalog import Catalog, Release, parse_releases
+from sglang_patchset.errors import PatchsetError
+
+# What decides whether a release's patch can matter, or its tests can run.
+_RUNS_WITH = ("torch", "transformers", "torchao", "sglang-kernel", "flashinfer-python")
+_HEADER = re.compile(r'^\[(?P<table>releases|references)\."(?P<version>[^"]+)"\]$')
+
+
+def pin(catalog: Catalog, name: str, find_links: Path | None = None) -> Release:
+    """Add a release to `releases.toml`, with an empty series.
+
+    A reference becomes a pinned release.
+
+    Args:
+        find_links: a directory of wheels to use in place of the package index.
+
+    Raises:
+        PatchsetError: pip finds no wheel of it, or finds other wheels than those that are pinned already.
+    """
+    catalog.clone()
+    try:
+        version = Version(name)
+    except InvalidVersion:
+        raise PatchsetError(f"{name}: not a version: name a release of SGLang, as 0.5.12") from None
+    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+        release = _look(version, Path(scratch), find_links)
+    if pinned := catalog.releases.get(version):
+        _compare(pinned, release)
+        return pinned
+    table = catalog.root / "releases.toml"
+    text = _inserted(table.read_text(encoding="utf-8"), release)
+    _check_table(catalog, text, release)
+    series = catalog.root / str(version) / "series"
+    series.parent.mkdir(exist_ok=True)
+    series.touch()
+    draft = table.with_name(".releases.toml.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, table)
+    return release
+
+
+def _look(version: Version, scratch: Path, find_links: Path | None) -> Release:
+    """What the index has of a release."""
+    names = sorted(_names(version, find_links))
+    if not names:
+        # The same question as a download, for pip to say why.
+        failed = releases.pip("download", f"--dest={scratch}", f"sglang=={version}", find_links=find_links)
+        raise PatchsetError(releases.why(version, failed))
+    files = [_download(version, name, scratch, find_links) for name in names]
+    wheels = {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
+    pythons = {python for name in names for python in re.findall(r"-cp(\d)(\d+)-", name)}
+    wheel = files[0]
+    with releases.opened(wheel) as archive:
+        info = archive.getinfo(f"{archive.dist_info_path}/METADATA")
+        metadata = email.message_from_bytes(archive.read(info))
+    release = Release(
+        version=version,
+        # The index does not tell pip when a file came; the wheel tells when it was built.
+        date="{:04}-{:02}-{:02}".format(*info.date_time),
+        patchset=0,
+        python=tuple(sorted((".".join(python) for python in pythons), key=Version)),
+        runs_with=_runs_with(metadata.get_all("Requires-Dist", [])),
+        wheels=wheels,
+        tree="",
+    )
+    return replace(release, tree=upstream.tree(release, wheel))
+
+
+def _names(version: Version, find_links: Path | None) -> set[str]:
+    """The names of all wheels of a release: where it is verbose, pip names those for other machines too."""
+    result = releases.pip("index versions", "--pre", "sglang", find_links=find_links)
+    return set(re.findall(rf"sglang-{re.escape(str(version))}-[\w.]+-[\w.]+-[\w.]+\.whl", result.stdout))
+
+
+def _download(version: Version, name: str, scratch: Path, find_links: Path | None) -> Path:
+    try:
+        *_, tags = parse_wheel_filename(name)
+    except InvalidWheelFilename as error:
+        raise PatchsetError(f"{name}: {error}: pin this release by hand") from None
+    tag = min(tags, key=str)
+    options = [f"--platform={tag.platform}", f"--abi={tag.abi}", f"--dest={scratch}"]
+    if match := re.fullmatch(r"(cp|py)(\d)(\d*)", tag.interpreter):
+        options += [f"--implementation={match[1]}", f"--python-version={match[2]}.{match[3] or 99}"]
+    result = releases.pip("download", *options, f"sglang=={version}", find_links=find_links)
+    if not (scratch / name).exists():
+        raise PatchsetError(releases.why(version, result))
+    return scratch / name
+
+
+def _runs_with(requirements: Sequence[str]) -> dict[str, str]:
+    """The versions that the release pins, of the packages that matter, in their order."""
+    pinned = {}
+    for requirement in map(Requirement, requirements):
+        (specifier,) = requirement.specifier if len(requirement.specifier) == 1 else (None,)
+        if specifier and specifier.operator == "==" and requirement.marker is None:
+            pinned[canonicalize_name(requirement.name)] = specifier.version
+    return {name: pinned[canonicalize_name(name)] for name in _RUNS_WITH if canonicalize_name(name) in pinned}
+
+
+def _compare(pinned: Release, found: Release) -> None:
+    """See that the index still has what was pinned; it may have less."""
+    for name, digest in found.wheels.items():
+        if pinned.wheels.get(name) != digest:
+            raise PatchsetError(
+                f"{name}: pip's index has it with the sha256 {digest}, releases.toml says "
+                f"{pinned.wheels.get(name, 'nothing of it')}: find out which is SGLang's"
+            )
+    if (pinned.tree, pinned.runs_with) != (found.tree, found.runs_with):
+        raise PatchsetError(
+            f"releases.toml: {pinned.version} has other files, or runs with others, than its wheels say: "
+            "take its entry out and pin it again"
+        )
+
+
+def _inserted(text: str, release: Release) -> str:
+    """The table with one more release, in the order of versions, everything else as it was."""
+    lines = text.splitlines(keepends=True)
+    places = [(number, match) for number, line in enumerate(lines) if (match := _HEADER.match(line.rstrip()))]
+    starts = [number for number, _ in places]
+    # A reference's entry goes; the comment above the references stays.
+    for (number, match), end in reversed(list(zip(places, [*starts[1:], len(lines)], strict=True))):
+        if match["table"] == "references" and Version(match["version"]) == release.version:
+            del lines[number:end]
+    later = (
+        number
+        for number, match in places
+        if match["table"] == "references" or Version(match["version"]) > release.version
+    )
+    place = next(later, len(lines))
+    while place and lines[place - 1].startswith("#"):
+        place -= 1
+    before, after = "".join(lines[:place]).rstrip("\n"), "".join(lines[place:])
+    return f"{before}\n\n{_entry(release)}{after and chr(10)}{after}".rstrip("\n") + "\n"
+
+
+def _entry(release: Release) -> str:
+    name = f'releases."{release.version}"'
+    pythons = ", ".join(f'"{python}"' for python in release.python)
+    runs_with = "".join(f'{package} = "{version}"\n' for package, version in release.runs_with.items())
+    wheels = "".join(f'"{wheel}" = "{digest}"\n' for wheel, digest in release.wheels.items())
+    return (
+        f'[{name}]\ndate = "{release.date}"\npatchset = {release.patchset}\npython = [{pythons}]\n'
+        f'tree = "{release.tree}"\n\n[{name}.runs-with]\n{runs_with}\n[{name}.wheels]\n{wheels}'
+    )
+
+
+def _check_table(catalog: Catalog, text: str, release: Release) -> None:
+    """See that the new table says what the old one did and the new release, in order."""
+    default, pinned, references = parse_releases(text)
+    expected = {**catalog.releases, release.version: release}
+    if (
+        default != catalog.default.version
+        or list(pinned.items()) != sorted(expected.items())
+        or references != {key: value for key, value in catalog.references.items() if key != release.version}
+    ):
+        raise PatchsetError(
+            f"{catalog.root / 'releases.toml'}: not in the form that an entry can be added to: add it by hand"
+        )
