@@ -19,6 +19,7 @@ from sglang_patchset import (
     catalog,
     pins,
     queue,
+    rebase,
     releases,
     series,
     status,
@@ -54,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0; 1 where `status` finds a vulnerable fix, `verify` a cell that does not hold, or the
-        output cannot be written; 2 where `status` cannot tell, or for a refusal; 130 for Ctrl-C.
+        The exit code: 0; 1 where `status` finds a vulnerable fix, `verify` a cell that does not hold,
+        `rebase` a conflict, or the output cannot be written; 2 where `status` cannot tell, or for a refusal;
+        130 for Ctrl-C.
     """
     # Written at the end: a failure of the output is none of the verb.
     output = io.StringIO()
@@ -139,6 +141,12 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
     verb.add_argument("directory", type=Path, metavar="DIR", help="what `checkout` made")
     verb.set_defaults(run=_refresh)
 
+    verb = verbs.add_parser("rebase", help="carry a series to another release, in such a repository")
+    verb.add_argument("directory", type=Path, metavar="DIR", help="what `checkout` made")
+    verb.add_argument("source", metavar="NEW_RELEASE", help=source)
+    verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
+    verb.set_defaults(run=_rebase)
+
     verb = verbs.add_parser("pin", help="add a release to releases.toml, with an empty series")
     verb.add_argument("release", metavar="RELEASE", help="its version")
     verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
@@ -212,6 +220,21 @@ def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
         upstream.checkout(tables, published, options.directory)
     print(f"{options.directory}: `git log -p` there shows the fixes")
     return 0
+
+
+def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
+    done = rebase.rebase(tables, options.directory, options.source, options.find_links)
+    rows = [(fix, outcome.value) for fix, outcome, _ in done.fixes]
+    _print_table(("fix", f"on {done.release.version}"), rows)
+    for fix, _, detail in done.fixes:
+        if detail:
+            print(f"{fix}: {detail}")
+    if done.done:
+        print(f"`sglang-patchset refresh {options.directory}` writes patches/{done.release.version}")
+        return 0
+    git = f"git -C {options.directory}"
+    print(f"solve it there, `{git} add` it, and `{git} am --continue` (or --skip, --abort)")
+    return 1
 
 
 def _pin(tables: Catalog, options: argparse.Namespace) -> int:

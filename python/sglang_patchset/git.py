@@ -61,6 +61,11 @@ def run(*args: str, cwd: Path, env: Mapping[str, str] | None = None, stdin: Path
     return result.stdout
 
 
+def succeeds(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> bool:
+    """Whether a command of git succeeds; as `run` otherwise."""
+    return _call(*args, cwd=cwd, env=env).returncode == 0
+
+
 @contextlib.contextmanager
 def reading(repository: Path) -> Iterator[Path]:
     """A bare repository that has another one's objects, and none of its configuration and attributes.

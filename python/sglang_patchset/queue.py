@@ -125,8 +125,6 @@ def check_clean(directory: Path) -> None:
     Raises:
         PatchsetError: it is not; the message says what to do.
     """
-    if not (directory / ".git").exists():
-        raise PatchsetError(f"{directory}: not the top of a git repository: see `sglang-patchset checkout`")
     if state := under_way(directory):
         raise PatchsetError(
             f"{directory}: git has something under way there ({state}): finish it, or abort it, as "
@@ -141,7 +139,13 @@ def check_clean(directory: Path) -> None:
 
 
 def under_way(directory: Path) -> str:
-    """The operation that waits for the user in a repository; empty where there is none."""
+    """The operation that waits for the user in a repository; empty where there is none.
+
+    Raises:
+        PatchsetError: it is no repository.
+    """
+    if not (directory / ".git").exists():
+        raise PatchsetError(f"{directory}: not the top of a git repository: see `sglang-patchset checkout`")
     for name in _UNDER_WAY:
         place = git.run("rev-parse", "--git-path", name, cwd=directory).rstrip("\n")
         if (directory / place).exists():

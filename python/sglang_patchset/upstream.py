@@ -77,11 +77,11 @@ def _unpack(wheel: Path, directory: Path) -> None:
 
 
 def _git(repository: Path, date: str, *args: str) -> None:
-    """Run git as one fixed person at one fixed time, so that commit ids depend on the content alone."""
+    git.run(*args, cwd=repository, env=person(date))
+
+
+def person(date: str) -> dict[str, str]:
+    """git's environment for one fixed person at one fixed time: commit ids depend on the content alone."""
     name, email, when = "sglang-patchset", "sglang-patchset@localhost", f"{date}T00:00:00+0000"
     who = {"GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email, "GIT_AUTHOR_DATE": when}
-    git.run(
-        *args,
-        cwd=repository,
-        env=who | {key.replace("AUTHOR", "COMMITTER"): value for key, value in who.items()},
-    )
+    return who | {key.replace("AUTHOR", "COMMITTER"): value for key, value in who.items()}

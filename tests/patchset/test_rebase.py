@@ -1,0 +1,161 @@
+"""A series is carried to another release; what conflicts is named, and git's own state goes on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from sglang_patchset import catalog, patches
+from sglang_patchset.catalog import Catalog
+
+from .conftest import Command, digest, edit, from_copy, git
+
+HASH, DSA, DSV4 = "hash-topk-dummy-weights", "dsa-index-sharing", "dsv4-expert-distribution"
+ROUTED, SWA = "routed-experts-dp-buffer", "swa-graph-padding"
+NEW = "0.5.12.post1"
+DEEPSEEK_V4 = "python/sglang/srt/models/deepseek_v4.py"
+
+
+def outcomes(table: str) -> dict[str, str]:
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def solve(checkout: Path, solution: Path) -> None:
+    """Take the conflicting file as the published series of the new release has it."""
+    content = (solution / DEEPSEEK_V4).read_bytes()
+    (checkout / DEEPSEEK_V4).write_bytes(content)
+    git(checkout, "add", DEEPSEEK_V4)
+
+
+@pytest.mark.parametrize("way", ["git", "rebase"])
+def test_to_the_next_release(
+    way: str,
+    checkout: Path,
+    checkouts: Mapping[str, Path],
+    wheels: Mapping[str, Path],
+    project: Path,
+    tables: Catalog,
+) -> None:
+    """0.5.12.post1 has hash_topk.py's fix, in other words; upstream changed the imports beside another's."""
+    before, old = digest(project / "patches"), git(checkout, "rev-parse", "HEAD")
+    result = from_copy(project, "rebase", checkout, wheels[NEW])
+    assert (result.code, result.err) == (1, "")
+    assert outcomes(result.out) == {
+        HASH: "dropped",
+        DSA: "carried",
+        DSV4: "conflict",
+        ROUTED: "waits",
+        SWA: "waits",
+    }
+    assert f"{HASH}: upstream in {NEW}, as fixes.toml says\n" in result.out
+    assert f"{DSV4}: {DEEPSEEK_V4} line 5\n" in result.out
+    assert (checkout / DEEPSEEK_V4).read_text().splitlines()[4].startswith("<<<<<<<")
+    assert "am --continue` (or --skip, --abort)\n" in result.out
+    assert "rebase-apply" in from_copy(project, "refresh", checkout).refusal()
+    # Not solved yet: the same again.
+    again = from_copy(project, "rebase", checkout, NEW)
+    assert (again.code, outcomes(again.out)[DSV4]) == (1, "conflict")
+    assert f"on its way to SGLang {NEW}" in from_copy(project, "rebase", checkout, "0.5.11").refusal()
+
+    solve(checkout, checkouts[NEW])
+    if way == "git":
+        git(checkout, "am", "--continue")
+    else:
+        done = from_copy(project, "rebase", checkout, NEW)
+        assert (done.code, outcomes(done.out)) == (0, dict.fromkeys((DSA, DSV4, ROUTED, SWA), "carried"))
+    assert (
+        "stands on SGLang 0.5.12.post1 already"
+        in from_copy(project, "rebase", checkout, wheels[NEW]).refusal()
+    )
+    assert git(checkout, "status", "--porcelain") == ""
+    assert git(checkout, "rev-parse", "patchset") == old
+    # The very files of the series that was written by hand.
+    solution = checkouts[NEW]
+    for commit in ("HEAD", f"release/{NEW}"):
+        assert git(checkout, "rev-parse", f"{commit}^{{tree}}") == git(
+            solution, "rev-parse", f"{commit}^{{tree}}"
+        )
+    # What a build makes, and git ignores, is the new release's too.
+    version = Path("python", "sglang", "_version.py")
+    assert (checkout / version).read_bytes() == (solution / version).read_bytes()
+    assert digest(project / "patches") == before
+
+    assert from_copy(project, "refresh", checkout).code == 0
+    carried = patches.load(catalog.load(project / "patches"), tables.releases[Version(NEW)])
+    published = patches.load(tables, tables.releases[Version(NEW)])
+    assert [(patch.fix, patch.files) for patch in carried.patches] == [
+        (patch.fix, patch.files) for patch in published.patches
+    ]
+
+
+def test_what_is_in_already(
+    checkout: Path, checkouts: Mapping[str, Path], wheels: Mapping[str, Path], project: Path
+) -> None:
+    """Without a word in fixes.toml, git tells: one fix reverse-applies, of another nothing is left."""
+    table = project / "patches" / "fixes.toml"
+    table.write_text(table.read_text().replace('"==0.5.12.post1" = { state = "upstream" }\n', ""))
+    result = from_copy(project, "rebase", checkout, wheels["0.5.11"])
+    assert result.code == 1
+    assert outcomes(result.out)[HASH] == "dropped"
+    assert f"{HASH}: not-affected in 0.5.11, as fixes.toml says" in result.out
+    git(checkout, "am", "--abort")
+    git(checkout, "checkout", "--quiet", "patchset")
+    # One commit, which is what the new release has.
+    git(checkout, "reset", "--quiet", "--hard", "release/0.5.12")
+    ours = "python/sglang/srt/layers/moe/hash_topk.py"
+    upstream = git(checkouts[NEW], "show", f"release/{NEW}:{ours}")
+    (checkout / ours).write_text(upstream)
+    message = git(checkouts["0.5.12"], "log", "-1", "--format=%B", "HEAD~4")
+    git(checkout, "commit", "--quiet", "--all", "--message", message)
+    result = from_copy(project, "rebase", checkout, wheels[NEW])
+    assert (result.code, outcomes(result.out)) == (0, {HASH: "dropped"})
+    assert f"{HASH}: already in {NEW}\n" in result.out
+    assert git(checkout, "rev-parse", "HEAD") == git(checkout, "rev-parse", f"release/{NEW}^{{commit}}")
+
+
+def test_nothing_is_left_of_a_fix(
+    checkout: Path, checkouts: Mapping[str, Path], wheels: Mapping[str, Path], project: Path
+) -> None:
+    """Its context is another, so that it does not reverse-apply; the merge finds it."""
+    table = project / "patches" / "fixes.toml"
+    table.write_text(table.read_text().replace('"==0.5.12.post1" = { state = "upstream" }\n', ""))
+    git(checkout, "reset", "--quiet", "--hard", "release/0.5.12")
+    ours = "python/sglang/srt/models/deepseek_v4.py"
+    upstream = git(checkouts[NEW], "show", f"release/{NEW}:{ours}").splitlines(keepends=True)
+    old = (checkout / ours).read_text().splitlines(keepends=True)
+    # One of the lines that the new release has more.
+    blocks = [
+        op
+        for op in difflib.SequenceMatcher(None, old, upstream, autojunk=False).get_opcodes()
+        if op[0] != "equal"
+    ]
+    _, a, b, c, d = blocks[0]
+    (checkout / ours).write_text("".join(old[:a] + upstream[c:d] + old[b:]))
+    message = git(checkouts["0.5.12"], "log", "-1", "--format=%B", "HEAD~4")
+    git(checkout, "commit", "--quiet", "--all", "--message", message)
+    result = from_copy(project, "rebase", checkout, wheels[NEW])
+    assert (result.code, outcomes(result.out)) == (0, {HASH: "dropped"})
+    assert f"already in {NEW}" in result.out
+
+
+def test_what_cannot_be_carried(checkout: Path, wheels: Mapping[str, Path], command: Command) -> None:
+    before = git(checkout, "for-each-ref"), git(checkout, "status", "--porcelain")
+    assert "stands on SGLang 0.5.12 already" in command("rebase", checkout, wheels["0.5.12"]).refusal()
+    assert "0.5.99: not a pinned release" in command("rebase", checkout, "0.5.99").refusal()
+    assert "not the top of a git repository" in command("rebase", checkout / "python", wheels[NEW]).refusal()
+    git(checkout, "branch", f"patchset-{NEW}")
+    assert f"has a branch patchset-{NEW}" in command("rebase", checkout, wheels[NEW]).refusal()
+    git(checkout, "branch", "--delete", "--force", f"patchset-{NEW}")
+    git(checkout, "tag", f"release/{NEW}", "HEAD~2")
+    refusal = command("rebase", checkout, wheels[NEW]).refusal()
+    assert "release/0.5.12, release/0.5.12.post1 below HEAD" in refusal
+    git(checkout, "tag", "--delete", f"release/{NEW}")
+    edit(checkout / DEEPSEEK_V4, "# mine")
+    assert "uncommitted changes" in command("rebase", checkout, wheels[NEW]).refusal()
+    git(checkout, "checkout", "--quiet", ".")
+    assert (git(checkout, "for-each-ref"), git(checkout, "status", "--porcelain")) == before
