@@ -18,6 +18,7 @@ from sglang_patchset import (
     __version__,
     catalog,
     pins,
+    proposal,
     queue,
     rebase,
     releases,
@@ -147,6 +148,14 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
     verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
     verb.set_defaults(run=_rebase)
 
+    verb = verbs.add_parser("export", help="a branch with one commit for upstream, and a pull request's text")
+    verb.add_argument("fix", metavar="FIX")
+    verb.add_argument("directory", type=Path, metavar="CHECKOUT", help="a git checkout of SGLang")
+    verb.add_argument(
+        "text", nargs="?", type=Path, metavar="TEXT", help="the text's file (default: FIX.md, here)"
+    )
+    verb.set_defaults(run=_export)
+
     verb = verbs.add_parser("pin", help="add a release to releases.toml, with an empty series")
     verb.add_argument("release", metavar="RELEASE", help="its version")
     verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
@@ -235,6 +244,15 @@ def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
     git = f"git -C {options.directory}"
     print(f"solve it there, `{git} add` it, and `{git} am --continue` (or --skip, --abort)")
     return 1
+
+
+def _export(tables: Catalog, options: argparse.Namespace) -> int:
+    text = options.text or Path(f"{options.fix}.md")
+    made = proposal.export(tables, options.fix, options.directory, text)
+    print(f"{made.branch}: one commit, the patch of {made.release.version} and {made.test}")
+    print(f"{text}: the pull request's text")
+    print(f"`git -C {options.directory} format-patch -1 {made.branch}` makes the mail; sign off as you do")
+    return 0
 
 
 def _pin(tables: Catalog, options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,26 @@ def run(*args: str, cwd: Path, env: Mapping[str, str] | None = None, stdin: Path
     if result.returncode:
         raise PatchsetError(f"git {args[0]} failed in {cwd}: {_reason(result.stderr)}")
     return result.stdout
+
+
+def identity(repository: Path) -> dict[str, str]:
+    """Who commits there, by the user's own configuration; for the environment of `run`.
+
+    Raises:
+        PatchsetError: git does not know.
+    """
+    command = ["git", "-c", "user.useConfigOnly=true", "var", "GIT_AUTHOR_IDENT"]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    who = re.match(r"(?P<name>.*) <(?P<email>.*)> ", result.stdout)
+    if not who:
+        raise PatchsetError(
+            f"{repository}: git knows no author: `git config --global user.name` and `user.email` say one"
+        )
+    return {
+        f"GIT_{role}_{part.upper()}": who[part]
+        for role in ("AUTHOR", "COMMITTER")
+        for part in ("name", "email")
+    }
 
 
 def succeeds(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> bool:

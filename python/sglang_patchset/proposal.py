@@ -1,0 +1,222 @@
+"""A fix as upstream takes it: one commit with its regression test, and a pull request's text."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sglang_patchset import git, patches
+from sglang_patchset.catalog import Catalog, Fix, Release
+from sglang_patchset.errors import PatchsetError
+from sglang_patchset.patches import Patch
+
+# Upstream's unit tests lie as the package does: srt/observability has test/registered/unit/observability.
+_TESTS = PurePosixPath("test/registered/unit")
+_REGISTRY = "python/sglang/test/ci/ci_register.py"
+# The name of the suite of CPU unit tests: stage-a-test-cpu up to 0.5.12.post1, base-a-test-cpu since.
+_SUITE = re.compile(r"[a-z]+-a-test-cpu")
+_GUIDE = "https://docs.sglang.io/developer_guide/contribution_guide.html"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A branch with one commit, the path of the test in it, and the release whose patch it is."""
+
+    branch: str
+    commit: str
+    test: str
+    release: Release
+
+
+def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal:
+    """Make a branch `fix/<fix>` with one commit on HEAD, and write the pull request's text.
+
+    Neither the working tree nor the index is touched.
+
+    Args:
+        directory: a checkout of SGLang, upstream's or one of `checkout`.
+        text: the file to write the text to; a new one.
+
+    Raises:
+        PatchsetError: nothing was made, the message says why.
+    """
+    clone, fix, branch = catalog.clone(), catalog.fix(name), f"fix/{name}"
+    if not (directory / ".git").exists():
+        raise PatchsetError(f"{directory}: not the top of a git repository: name a checkout of SGLang")
+    if not git.succeeds("cat-file", "-e", "HEAD:python/sglang", cwd=directory):
+        raise PatchsetError(f"{directory}: no python/sglang in its HEAD: name a checkout of SGLang")
+    if git.run("branch", "--list", branch, cwd=directory):
+        raise PatchsetError(f"{directory}: has a branch {branch}: delete or rename it")
+    if text.exists():
+        raise PatchsetError(f"{text}: is there already: name another file")
+    who = git.identity(directory)
+    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
+        release, patch = _apply(catalog, fix, directory, index)
+        test = _test_path(fix, directory)
+        if git.succeeds("cat-file", "-e", f"HEAD:{test}", cwd=directory):
+            raise PatchsetError(f"{directory}: has {test} already: see what it tests")
+        file, message = Path(scratch, "test.py"), Path(scratch, "message")
+        file.write_text(
+            _registered((clone / fix.test).read_text(encoding="utf-8"), directory), encoding="utf-8"
+        )
+        blob = git.run("hash-object", "-w", "--no-filters", str(file), cwd=directory).strip()
+        git.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{test}", cwd=directory, env=index)
+        subject, body = _message(patch, Path(scratch))
+        message.write_text(f"{subject}\n\n{body}\n", encoding="utf-8")
+        tree = git.run("write-tree", cwd=directory, env=index).strip()
+        head = git.run("rev-parse", "HEAD", cwd=directory).strip()
+        commit = git.run("commit-tree", "-p", head, "-F", str(message), tree, cwd=directory, env=who).strip()
+        stat = git.run("diff", "--stat", head, commit, cwd=directory)
+    page = _page(fix, release, subject, body, stat, test, list(_results(clone, fix)))
+    text.write_text(page, encoding="utf-8")
+    git.run("update-ref", f"refs/heads/{branch}", commit, "", cwd=directory)
+    return Proposal(branch, commit, test, release)
+
+
+def _apply(catalog: Catalog, fix: Fix, directory: Path, index: Mapping[str, str]) -> tuple[Release, Patch]:
+    """Put the fix into an index of HEAD: the patch of the release that fits, the newest first."""
+    listed = git.run("ls-tree", "-r", "HEAD", "python/sglang", cwd=directory)
+    candidates = [
+        (release, patch)
+        for release in sorted(catalog.releases.values(), key=lambda each: each.version, reverse=True)
+        if (patch := patches.load(catalog, release).patch(fix.name))
+    ]
+    # The patch of the very release comes first, where HEAD is one.
+    candidates.sort(key=lambda each: sum(old in listed for old, _ in each[1].files.values()), reverse=True)
+    if not candidates:
+        raise PatchsetError(f"{fix.name}: no release has a patch for it: see `sglang-patchset list`")
+    git.run("read-tree", "HEAD", cwd=directory, env=index)
+    for _, patch in candidates:
+        file = str(patch.path)
+        if git.succeeds("apply", "--cached", "--check", "-R", file, cwd=directory, env=index):
+            raise PatchsetError(f"{directory}: its HEAD has {fix.name} already: check out one without it")
+    # Three-way wherever git has the release's blobs: where no patch fits as it is.
+    for options in ([], ["--3way"]):
+        for release, patch in candidates:
+            git.run("read-tree", "HEAD", cwd=directory, env=index)
+            if git.succeeds("apply", "--cached", *options, str(patch.path), cwd=directory, env=index):
+                return release, patch
+    git.run("read-tree", "HEAD", cwd=directory, env=index)
+    release, patch = candidates[0]
+    try:
+        git.run("apply", "--cached", "--check", str(patch.path), cwd=directory, env=index)
+    except PatchsetError as error:
+        raise PatchsetError(
+            f"{patch.path}: does not fit HEAD, three-way neither ({error}): check out SGLang "
+            f"{release.version}, or carry the series on by `sglang-patchset rebase`"
+        ) from None
+    raise AssertionError("it applied neither with nor without --check")
+
+
+def _test_path(fix: Fix, directory: Path) -> str:
+    """Where upstream keeps such a test: beside those of the code that the fix is in."""
+    code = next(
+        (path for path in fix.code if git.succeeds("cat-file", "-e", f"HEAD:python/{path}", cwd=directory)),
+        fix.code[0],
+    )
+    return str(_TESTS / PurePosixPath(code).relative_to("sglang/srt").parent / Path(fix.test).name)
+
+
+def _registered(test: str, directory: Path) -> str:
+    """The test, registered in the suite that its neighbours are in."""
+    pattern = ["-h", "-o", "-E", f'"{_SUITE.pattern}"', "HEAD"]
+    places = ["--", str(_TESTS), _REGISTRY]
+    if git.succeeds("grep", "-q", *pattern[2:], *places, cwd=directory):
+        found = git.run("grep", *pattern, *places, cwd=directory).split()
+        test = _SUITE.sub(Counter(found).most_common(1)[0][0].strip('"'), test)
+    return test
+
+
+def _message(patch: Patch, scratch: Path) -> tuple[str, str]:
+    """The subject and the body of a patch's message, without our trailers."""
+    header = git.run("mailinfo", str(scratch / "body"), str(scratch / "diff"), cwd=scratch, stdin=patch.path)
+    subject = re.search(r"^Subject: (.*)$", header, re.MULTILINE)
+    assert subject, "every mail of git's has one"
+    body, _, trailers = (scratch / "body").read_text(encoding="utf-8").strip().rpartition("\n\n")
+    assert "Patchset-Fix: " in trailers, "every patch has its trailers"
+    return subject[1], body
+
+
+def _results(clone: Path, fix: Fix) -> Iterator[Mapping[str, Any]]:
+    """What was measured of a fix on GPUs: the entries of `results/*.json`."""
+    for file in sorted((clone / "results").glob("*.json")):
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+            yield from (entry for entry in entries if entry["fix"] == fix.name)
+        except (ValueError, TypeError, LookupError):
+            raise PatchsetError(f"{file}: not a list of results: write it again") from None
+
+
+def _page(
+    fix: Fix,
+    release: Release,
+    subject: str,
+    body: str,
+    stat: str,
+    test: str,
+    results: Sequence[Mapping[str, Any]],
+) -> str:
+    """The pull request's text, in the form of upstream's template."""
+    why: list[str] = []
+    how: list[str] = []
+    for paragraph in body.split("\n\n"):
+        (how if how or paragraph.startswith("Fix: ") else why).append(paragraph)
+    reds = "\n".join(f"- `{name}`: `{signature}`" for name, signature in fix.reds_of(release.version).items())
+    gpu = "\n".join(_result_lines(results)) or "On a GPU: not run."
+    return f"""{subject}
+
+## Motivation
+
+{_joined(why)}
+
+## Modifications
+
+{_joined(how)}
+
+```
+{stat.rstrip()}
+```
+
+## Accuracy Tests
+
+`{test}` runs on the CPU. Without the change, on {release.version}, these of its tests fail, each with the words
+that match:
+
+{reds}
+
+{gpu}
+
+## Speed Tests and Profiling
+
+Not run.
+
+## Checklist
+
+- [ ] Format your code according to the [Format code with pre-commit]({_GUIDE}#format-code-with-pre-commit).
+- [x] Add unit tests according to the [Run and add unit tests]({_GUIDE}#run-and-add-unit-tests).
+- [ ] Update documentation according to [Write documentations]({_GUIDE}#write-documentations).
+- [ ] Provide accuracy and speed benchmark results according to [Test the accuracy]({_GUIDE}#test-the-accuracy) and [Benchmark the speed]({_GUIDE}#benchmark-the-speed).
+- [ ] Follow the SGLang code style [guidance]({_GUIDE}#code-style-guidance).
+"""  # noqa: E501
+
+
+def _joined(paragraphs: Sequence[str]) -> str:
+    """Paragraphs without the line ends of a commit message."""
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+
+
+def _result_lines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for entry in results:
+        yield (
+            f"- SGLang {entry.get('release')}, {entry.get('tree')}: {entry.get('outcome')}, "
+            f"on {entry.get('gpu')}, {entry.get('date')}"
+        )
+        for name, words in (entry.get("signatures") or {}).items():
+            yield f"  - `{name}`: `{words}`"

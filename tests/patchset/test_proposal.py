@@ -1,0 +1,188 @@
+"""A fix goes upstream as one commit, with its test where upstream keeps such tests, and a text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from sglang_patchset import patches
+from sglang_patchset.catalog import Catalog
+
+from .conftest import ROOT, Command, change, copy, edit, from_copy, git
+
+HASH, DSV4, ROUTED = "hash-topk-dummy-weights", "dsv4-expert-distribution", "routed-experts-dp-buffer"
+HASH_TOPK = "python/sglang/srt/layers/moe/hash_topk.py"
+TEST = "test/registered/unit/layers/moe/test_hash_topk_dummy_weights.py"
+SECTIONS = ["Motivation", "Modifications", "Accuracy Tests", "Speed Tests and Profiling", "Checklist"]
+
+
+@pytest.fixture
+def plain(checkout: Path) -> Path:
+    """0.5.12 as published."""
+    git(checkout, "checkout", "--quiet", "-b", "main", "release/0.5.12")
+    return checkout
+
+
+@pytest.mark.parametrize("release", ["0.5.11", "0.5.12"])
+def test_each_fix(
+    release: str, checkouts: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
+) -> None:
+    checkout = copy(checkouts[release], tmp_path / "checkout")
+    git(checkout, "checkout", "--quiet", "-b", "main", f"release/{release}")
+    (series,) = (patches.load(tables, each) for key, each in tables.releases.items() if str(key) == release)
+    state = git(checkout, "status", "--porcelain"), git(checkout, "rev-parse", "HEAD")
+    for number, patch in enumerate(series.patches):
+        text = tmp_path / f"{patch.fix}.md"
+        result = command("export", patch.fix, checkout, text)
+        assert (result.code, result.err) == (0, "")
+        assert "and test/registered/unit/" in result.out
+        branch = f"fix/{patch.fix}"
+        changed = git(checkout, "diff", "--name-only", "main", branch).split()
+        (test,) = (path for path in changed if path.startswith("test/"))
+        assert sorted(changed) == sorted([*(f"python/{path}" for path in patch.files), test])
+        assert git(checkout, "rev-list", "--count", f"main..{branch}") == "1\n"
+        # Beside the tests of the code, as upstream's mirror the package.
+        folder = Path(test).parent.relative_to("test/registered/unit")
+        assert any(path.startswith(f"sglang/srt/{folder}/") for path in tables.fix(patch.fix).code)
+        assert git(checkout, "show", f"{branch}:{test}") == (ROOT / tables.fix(patch.fix).test).read_text()
+
+        message = git(checkout, "log", "-1", "--format=%an <%ae>%n%cn%n%B", branch)
+        assert message.startswith("A Contributor <contributor@example.org>\nA Contributor\n")
+        for word in ("atchset", "Regression-Test", "Signed-off-by", "Affects", "Upstream-Status"):
+            assert word not in message
+            assert word not in text.read_text()
+        assert "Symptom: " in message
+        assert "Fix: " in message
+        assert [line[3:] for line in text.read_text().splitlines() if line.startswith("## ")] == SECTIONS
+
+        # The mail gives the same tree.
+        mail = git(checkout, "format-patch", "-1", "--stdout", branch)
+        git(checkout, "checkout", "--quiet", "-b", f"mailed{number}", "main")
+        subprocess.run(["git", "-C", str(checkout), "am", "--quiet"], input=mail, text=True, check=True)
+        assert git(checkout, "rev-parse", "HEAD^{tree}") == git(checkout, "rev-parse", f"{branch}^{{tree}}")
+        git(checkout, "checkout", "--quiet", "main")
+        assert (git(checkout, "status", "--porcelain"), git(checkout, "rev-parse", "HEAD")) == state
+
+
+def test_the_suite_of_the_neighbours(plain: Path, command: Command, tmp_path: Path) -> None:
+    """Upstream renamed it in 0.5.13; the checkout's own tests say what it is today."""
+    neighbours = plain / "test" / "registered" / "unit" / "layers"
+    neighbours.mkdir(parents=True)
+    for name in ("a", "b"):
+        (neighbours / f"test_{name}.py").write_text('register_cpu_ci(est_time=5, suite="base-a-test-cpu")\n')
+    git(plain, "add", "--all")
+    git(plain, "commit", "--quiet", "--message", "Neighbours")
+    assert command("export", HASH, plain, tmp_path / "text.md").code == 0
+    test = git(plain, "show", f"fix/{HASH}:{TEST}")
+    assert 'register_cpu_ci(est_time=2, suite="base-a-test-cpu")\n' in test
+    assert "stage-a" not in test
+    original = (ROOT / "tests" / "regression" / HASH / Path(TEST).name).read_text()
+    assert test.replace("base-a", "stage-a") == original
+
+
+def test_three_way(plain: Path, command: Command, tmp_path: Path) -> None:
+    """Upstream's main has moved on beside the fix, and git has the release's blobs."""
+    line = "        self.routed_scaling_factor = routed_scaling_factor\n"
+    change(plain / HASH_TOPK, line, line.replace("= r", "= 1.0 * r"))
+    git(plain, "commit", "--quiet", "--all", "--message", "Move on")
+    assert command("export", HASH, plain, tmp_path / "text.md").code == 0
+    merged = git(plain, "show", f"fix/{HASH}:{HASH_TOPK}")
+    assert "= 1.0 * routed_scaling_factor\n" in merged
+    assert "token_ids.unsqueeze(1) + columns" in merged
+
+
+def test_evidence(project: Path, plain: Path, tables: Catalog, tmp_path: Path) -> None:
+    text = tmp_path / "text.md"
+    assert from_copy(project, "export", HASH, plain, text).code == 0
+    page = text.read_text()
+    assert "On a GPU: not run." in page
+    for name, signature in next(iter(tables.fix(HASH).reds.values())).items():
+        assert f"- `{name}`: `{signature}`\n" in page
+    assert (
+        "\nSymptom: with --load-format dummy, DeepSeek-V4 dies in CUDA graph capture with an illegal" in page
+    )
+    text.unlink()
+    git(plain, "branch", "--quiet", "--delete", "--force", f"fix/{HASH}")
+    (project / "results").mkdir()
+    entry = {
+        "release": "0.5.12",
+        "fix": HASH,
+        "tree": "published",
+        "outcome": "red",
+        "signatures": {"TestCuda::test_it": "device-side assert triggered"},
+        "gpu": "NVIDIA H200",
+        "versions": {"torch": "2.11.0"},
+        "date": "2026-11-22",
+    }
+    other = {**entry, "fix": DSV4, "gpu": "another"}
+    (project / "results" / "h200.json").write_text(json.dumps([entry, other]))
+    assert from_copy(project, "export", HASH, plain, text).code == 0
+    page = text.read_text()
+    assert "- SGLang 0.5.12, published: red, on NVIDIA H200, 2026-11-22\n" in page
+    assert "  - `TestCuda::test_it`: `device-side assert triggered`\n" in page
+    assert "not run." not in page.partition("## Speed")[0]
+    assert "another" not in page
+    text.unlink()
+    git(plain, "branch", "--quiet", "--delete", "--force", f"fix/{HASH}")
+    (project / "results" / "h200.json").write_text('{"fix": 1}')
+    assert "h200.json: not a list of results" in from_copy(project, "export", HASH, plain, text).refusal()
+    assert not text.exists()
+    assert git(plain, "branch", "--list", "fix/*") == ""
+
+
+def test_what_cannot_be_exported(
+    plain: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.md"
+
+    def refusal(fix: str, checkout: Path) -> str:
+        line = command("export", fix, checkout, text).refusal()
+        assert not text.exists()
+        return line
+
+    assert "unknown fix nonsense" in refusal("nonsense", plain)
+    assert "not the top of a git repository" in refusal(HASH, plain / "python")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path / "empty")], check=True)
+    assert "no python/sglang in its HEAD" in refusal(HASH, tmp_path / "empty")
+    git(plain, "checkout", "--quiet", "patchset")
+    assert f"its HEAD has {HASH} already" in refusal(HASH, plain)
+    git(plain, "checkout", "--quiet", "main")
+    for part in ("name", "email"):
+        git(plain, "config", "--unset", f"user.{part}")
+    for name in ("HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "EMAIL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    assert "git knows no author" in refusal(HASH, plain)
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "A Contributor")
+    monkeypatch.setenv("GIT_AUTHOR_EMAIL", "contributor@example.org")
+    git(plain, "branch", f"fix/{HASH}")
+    assert f"has a branch fix/{HASH}" in refusal(HASH, plain)
+    git(plain, "branch", "--delete", f"fix/{HASH}")
+    text.write_text("mine")
+    assert f"{text}: is there already" in command("export", HASH, plain, text).refusal()
+    assert text.read_text() == "mine"
+    text.unlink()
+    for part in ("name", "email"):
+        git(plain, "config", f"user.{part}", "me")
+    (plain / TEST).parent.mkdir(parents=True)
+    (plain / TEST).write_text("theirs\n")
+    git(plain, "add", "--all")
+    git(plain, "commit", "--quiet", "--message", "Theirs")
+    assert f"has {TEST} already" in refusal(HASH, plain)
+    change(
+        plain / HASH_TOPK,
+        "torch.empty(vocab_size, topk - num_fused_shared_experts, dtype=torch.int32)",
+        "mine",
+    )
+    edit(plain / HASH_TOPK, "# mine")
+    git(plain, "commit", "--quiet", "--all", "--message", "Conflict")
+    line = refusal(HASH, plain)
+    assert f"0001-{HASH}.patch: does not fit HEAD, three-way neither " in line
+    assert f"patch failed: {HASH_TOPK}:37" in line
+    assert git(plain, "branch", "--list", "fix/*") == ""
