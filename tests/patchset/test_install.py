@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from packaging.version import Version
 from sglang_patchset import patches, receipt
 from sglang_patchset.catalog import Catalog
 
-from .conftest import ROOT, Command, digest, edit, link
+from .conftest import ROOT, Command, digest, edit, git, link
 
 DSV4 = "dsv4-expert-distribution"
 HASH_TOPK = "srt/layers/moe/hash_topk.py"
@@ -191,6 +193,33 @@ def test_editable_install(editable: Path, command: Command) -> None:
     (package / "_patchset.json").unlink()
     assert digest(package) == before
     assert next(site(editable).glob("sglang-*.dist-info/RECORD")).read_bytes() == record
+
+
+def test_the_containers_recipe(editable: Path, command: Command) -> None:
+    """The line of docs/containers.md, run where an image would run it, over a patch of somebody else."""
+    package = editable.parent / "check out" / "python" / "sglang"
+    git(package.parents[1], "checkout", "--quiet", "release/0.5.12")
+    edit(package / "srt" / "server_args.py", "# theirs")
+    before = digest(package)
+    text = (ROOT / "docs" / "containers.md").read_text()
+    recipes = re.findall(r"^RUN (?:--mount=\S+ )?(.*sglang-patchset apply.*)$", text, re.MULTILINE)
+    assert len(recipes) == 2
+    pip(editable / "bin" / "python", "install", "pip")
+    path = f"{editable / 'bin'}:{os.environ['PATH']}"
+    for recipe in recipes:
+        line = recipe.replace("/patchset", shlex.quote(str(ROOT))).replace(" /sglang", " ../'check out'")
+        done = subprocess.run(
+            ["bash", "-c", f"{line} && sglang-patchset status"],
+            cwd=editable,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout.count(" patched ")) == (0, 10), done.stderr
+    assert digest(package) != before
+    assert command("revert", editable).code == 0
+    assert digest(package) == before
 
 
 def test_two_environments_of_one_prefix(tree: Path, command: Command, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,20 @@ def test_tree_for_another_python(tables: Catalog, tmp_path: Path) -> None:
     assert tree.name.endswith(f"-cpython-{other[2:]}")
     (extension,) = (tree / "sglang" / "srt" / "grpc").glob("_core*.so")
     assert extension.name == f"_core.cpython-{other[2:]}-aarch64-linux-gnu.so"
+
+
+def test_a_fix_without_a_patch_yet(
+    tables: Catalog, wheels: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its test can be seen to be red before there is one."""
+    monkeypatch.setattr(
+        releases,
+        "fetch",
+        lambda release, scratch, **_: Path(shutil.copy(wheels[str(release.version)], scratch)),
+    )
+    new = replace(tables.fix("swa-graph-padding"), name="new")
+    tree = Trees(replace(tables, fixes={**tables.fixes, "new": new}), tmp_path).patched(
+        tables.releases[VERSION]
+    )
+    found = status.examine(tables, Package(tree / "sglang", VERSION)).fixes.values()
+    assert {each.state for each in found} == {FixState.PATCHED}
