@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from sglang_patchset import git, patches
+from sglang_patchset import git, patches, results
 from sglang_patchset.catalog import Catalog, Fix, Release
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.patches import Patch
+from sglang_patchset.results import Seen
 
 # Upstream's unit tests lie as the package does: srt/observability has test/registered/unit/observability.
 _TESTS = PurePosixPath("test/registered/unit")
@@ -64,7 +63,7 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
             raise PatchsetError(f"{directory}: has {test} already: see what it tests")
         file, message = Path(scratch, "test.py"), Path(scratch, "message")
         file.write_text(
-            _registered((clone / fix.test).read_text(encoding="utf-8"), directory), encoding="utf-8"
+            _registered((clone / fix.suite.test).read_text(encoding="utf-8"), directory), encoding="utf-8"
         )
         blob = git.run("hash-object", "-w", "--no-filters", str(file), cwd=directory).strip()
         git.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{test}", cwd=directory, env=index)
@@ -74,7 +73,9 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
         head = git.run("rev-parse", "HEAD", cwd=directory).strip()
         commit = git.run("commit-tree", "-p", head, "-F", str(message), tree, cwd=directory, env=who).strip()
         stat = git.run("diff", "--stat", head, commit, cwd=directory)
-    page = _page(fix, release, subject, body, stat, test, list(_results(clone, fix)))
+    page = _page(
+        fix, release, subject, body, stat, test, [each for each in results.seen(catalog) if each.fix == name]
+    )
     text.write_text(page, encoding="utf-8")
     git.run("update-ref", f"refs/heads/{branch}", commit, "", cwd=directory)
     return Proposal(branch, commit, test, release)
@@ -121,7 +122,7 @@ def _test_path(fix: Fix, directory: Path) -> str:
         (path for path in fix.code if git.succeeds("cat-file", "-e", f"HEAD:python/{path}", cwd=directory)),
         fix.code[0],
     )
-    return str(_TESTS / PurePosixPath(code).relative_to("sglang/srt").parent / Path(fix.test).name)
+    return str(_TESTS / PurePosixPath(code).relative_to("sglang/srt").parent / Path(fix.suite.test).name)
 
 
 def _registered(test: str, directory: Path) -> str:
@@ -144,16 +145,6 @@ def _message(patch: Patch, scratch: Path) -> tuple[str, str]:
     return subject[1], body
 
 
-def _results(clone: Path, fix: Fix) -> Iterator[Mapping[str, Any]]:
-    """What was measured of a fix on GPUs: the entries of `results/*.json`."""
-    for file in sorted((clone / "results").glob("*.json")):
-        try:
-            entries = json.loads(file.read_text(encoding="utf-8"))
-            yield from (entry for entry in entries if entry["fix"] == fix.name)
-        except (ValueError, TypeError, LookupError):
-            raise PatchsetError(f"{file}: not a list of results: write it again") from None
-
-
 def _page(
     fix: Fix,
     release: Release,
@@ -161,15 +152,21 @@ def _page(
     body: str,
     stat: str,
     test: str,
-    results: Sequence[Mapping[str, Any]],
+    seen: Sequence[Seen],
 ) -> str:
     """The pull request's text, in the form of upstream's template."""
     why: list[str] = []
     how: list[str] = []
     for paragraph in body.split("\n\n"):
         (how if how or paragraph.startswith("Fix: ") else why).append(paragraph)
-    reds = "\n".join(f"- `{name}`: `{signature}`" for name, signature in fix.reds_of(release.version).items())
-    gpu = "\n".join(_result_lines(results)) or "On a GPU: not run."
+    reds = "\n".join(
+        f"- `{name}`: `{signature}`" for name, signature in fix.suite.reds_of(release.version).items()
+    )
+    gpu = "\n".join(
+        f"- {each.on}, {each.date[:10]}, {each.release}: without the change {each.published}, "
+        f"«{each.words}»; with it {each.patched}"
+        for each in seen
+    )
     return f"""{subject}
 
 ## Motivation
@@ -191,7 +188,7 @@ that match:
 
 {reds}
 
-{gpu}
+{f"On GPUs, with real models and servers:{chr(10) * 2}{gpu}" if gpu else "On a GPU: not run."}
 
 ## Speed Tests and Profiling
 
@@ -210,13 +207,3 @@ Not run.
 def _joined(paragraphs: Sequence[str]) -> str:
     """Paragraphs without the line ends of a commit message."""
     return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
-
-
-def _result_lines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for entry in results:
-        yield (
-            f"- SGLang {entry.get('release')}, {entry.get('tree')}: {entry.get('outcome')}, "
-            f"on {entry.get('gpu')}, {entry.get('date')}"
-        )
-        for name, words in (entry.get("signatures") or {}).items():
-            yield f"  - `{name}`: `{words}`"

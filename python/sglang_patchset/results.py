@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.cuda import Machine, Pair
+from sglang_patchset.errors import PatchsetError
 from sglang_patchset.verify import Outcome, Tree, Verdict
 
 _BEGIN = "<!-- from results/, by scripts/results_table.py -->\n"
@@ -82,47 +84,85 @@ def _outcome(verdict: Verdict | None) -> dict[str, Any]:
     }
 
 
-def table(catalog: Catalog) -> str:
-    """The newest outcome of each cell as a Markdown table; only of the patches as they are now."""
-    newest: dict[tuple[str, str], list[str]] = {}
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of a fix on one release: on which GPUs, when, and what came out on its two trees.
+
+    `words` is what the published release's red said, `passed` how many tests the patched tree passes.
+    """
+
+    fix: str
+    release: str
+    test: str
+    on: str
+    date: str
+    published: str
+    words: str
+    patched: str
+    passed: int
+
+
+def seen(catalog: Catalog) -> list[Seen]:
+    """The newest outcome of each cell that was run, of the patches as they are now; in the catalogue's order.
+
+    Raises:
+        PatchsetError: a file in `results/` is not one that a run wrote.
+    """
     digests = {
         str(release.version): patches.digest(patches.load(catalog, release).patches)
         for release in catalog.releases.values()
     }
-    files = (catalog.root.parent / "results").glob("gpu-*.json")
-    for run in sorted((json.loads(path.read_text(encoding="utf-8")) for path in files), key=_date):
-        for cell in run["cells"]:
-            published, patched = (cell[tree.value] for tree in Tree)
-            ran = Outcome.NOT_RUN.value not in (published["outcome"], patched["outcome"])
-            if ran and run["series"][cell["release"]] == digests[cell["release"]]:
-                gpus = f"{cell['gpus']} x " if cell["gpus"] > 1 else ""
-                newest[cell["release"], cell["test"]] = [
-                    f"`{cell['fix']}`",
-                    cell["release"],
-                    f"{published['outcome']}: {_words(published)}",
-                    f"{patched['outcome']}, {patched['passed']} tests",
-                    f"{gpus}{run['gpu']}, {run['date'][:10]}",
-                ]
-    rows = [
+    newest: dict[tuple[str, str], Seen] = {}
+    for path in (catalog.root.parent / "results").glob("gpu-*.json"):
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            for each in _cells(run, digests):
+                key = (each.release, each.test)
+                newest[key] = max(newest.get(key, each), each, key=lambda one: one.date)
+        except (ValueError, TypeError, LookupError):
+            raise PatchsetError(f"{path}: not what a run writes: remove it and run again") from None
+    return [
         newest[key]
         for fix in catalog.fixes.values()
         for suite in fix.cuda
-        for release in catalog.releases
-        if (key := (str(release), suite.test)) in newest
+        for version in catalog.releases
+        if (key := (str(version), suite.test)) in newest
+    ]
+
+
+def _cells(run: dict[str, Any], digests: Mapping[str, str]) -> Iterator[Seen]:
+    for cell in run["cells"]:
+        published, patched = (cell[tree.value] for tree in Tree)
+        ran = Outcome.NOT_RUN.value not in (published["outcome"], patched["outcome"])
+        if ran and run["series"][cell["release"]] == digests.get(cell["release"]):
+            yield Seen(
+                fix=cell["fix"],
+                release=cell["release"],
+                test=cell["test"],
+                on=(f"{cell['gpus']} x " if cell["gpus"] > 1 else "") + run["gpu"],
+                date=run["date"],
+                published=published["outcome"],
+                words=" ".join(next(iter(published["signatures"].values()), published["detail"]).split()),
+                patched=patched["outcome"],
+                passed=patched["passed"],
+            )
+
+
+def table(catalog: Catalog) -> str:
+    """What was seen, as a Markdown table."""
+    rows = [
+        [
+            f"`{each.fix}`",
+            each.release,
+            f"{each.published}: {each.words}".replace("|", "\\|"),
+            f"{each.patched} ({each.passed} tests)" if each.passed > 1 else each.patched,
+            f"{each.on}, {each.date[:10]}",
+        ]
+        for each in seen(catalog)
     ]
     header = ["fix", "release", "as published", "patched", "seen on"]
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _date(run: dict[str, Any]) -> str:
-    return str(run["date"])
-
-
-def _words(outcome: dict[str, Any]) -> str:
-    """A red's signature, in one line that a table can hold."""
-    words = next(iter(outcome["signatures"].values()), outcome["detail"])
-    return " ".join(words.split()).replace("|", "\\|")
 
 
 def in_readme(catalog: Catalog, readme: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog
@@ -48,7 +49,9 @@ def test_each_fix(
         # Beside the tests of the code, as upstream's mirror the package.
         folder = Path(test).parent.relative_to("test/registered/unit")
         assert any(path.startswith(f"sglang/srt/{folder}/") for path in tables.fix(patch.fix).code)
-        assert git(checkout, "show", f"{branch}:{test}") == (ROOT / tables.fix(patch.fix).test).read_text()
+        assert (
+            git(checkout, "show", f"{branch}:{test}") == (ROOT / tables.fix(patch.fix).suite.test).read_text()
+        )
 
         message = git(checkout, "log", "-1", "--format=%an <%ae>%n%cn%n%B", branch)
         assert message.startswith("A Contributor <contributor@example.org>\nA Contributor\n")
@@ -100,36 +103,48 @@ def test_evidence(project: Path, plain: Path, tables: Catalog, tmp_path: Path) -
     assert from_copy(project, "export", HASH, plain, text).code == 0
     page = text.read_text()
     assert "On a GPU: not run." in page
-    for name, signature in next(iter(tables.fix(HASH).reds.values())).items():
+    for name, signature in next(iter(tables.fix(HASH).suite.reds.values())).items():
         assert f"- `{name}`: `{signature}`\n" in page
     assert (
         "\nSymptom: with --load-format dummy, DeepSeek-V4 dies in CUDA graph capture with an illegal" in page
     )
     text.unlink()
     git(plain, "branch", "--quiet", "--delete", "--force", f"fix/{HASH}")
-    (project / "results").mkdir()
-    entry = {
+    (project / "results").mkdir(exist_ok=True)
+    release = tables.releases[Version("0.5.12")]
+    cell = {
         "release": "0.5.12",
         "fix": HASH,
-        "tree": "published",
-        "outcome": "red",
-        "signatures": {"TestCuda::test_it": "device-side assert triggered"},
-        "gpu": "NVIDIA H200",
-        "versions": {"torch": "2.11.0"},
-        "date": "2026-11-22",
+        "test": tables.fix(HASH).cuda[0].test,
+        "gpus": 1,
+        "behind": [],
+        "published": {
+            "outcome": "red",
+            "passed": 0,
+            "signatures": {"TestCuda::test_it": "device-side assert triggered"},
+            "detail": "",
+        },
+        "patched": {"outcome": "green", "passed": 1, "signatures": {}, "detail": ""},
     }
-    other = {**entry, "fix": DSV4, "gpu": "another"}
-    (project / "results" / "h200.json").write_text(json.dumps([entry, other]))
+    other = cell | {"fix": DSV4, "test": tables.fix(DSV4).cuda[0].test}
+    run = {
+        "date": "2026-11-22T03:00:00+00:00",
+        "gpu": "NVIDIA H200",
+        "series": {"0.5.12": patches.digest(patches.load(tables, release).patches)},
+        "cells": [cell, other],
+    }
+    file = project / "results" / "gpu-H200-2026-11-22.json"
+    file.write_text(json.dumps(run))
     assert from_copy(project, "export", HASH, plain, text).code == 0
     page = text.read_text()
-    assert "- SGLang 0.5.12, published: red, on NVIDIA H200, 2026-11-22\n" in page
-    assert "  - `TestCuda::test_it`: `device-side assert triggered`\n" in page
+    words = "without the change red, «device-side assert triggered»; with it green"
+    assert page.count(f"- NVIDIA H200, 2026-11-22, 0.5.12: {words}\n") == 1
     assert "not run." not in page.partition("## Speed")[0]
-    assert "another" not in page
     text.unlink()
     git(plain, "branch", "--quiet", "--delete", "--force", f"fix/{HASH}")
-    (project / "results" / "h200.json").write_text('{"fix": 1}')
-    assert "h200.json: not a list of results" in from_copy(project, "export", HASH, plain, text).refusal()
+    file.write_text('{"fix": 1}')
+    refusal = from_copy(project, "export", HASH, plain, text).refusal()
+    assert "gpu-H200-2026-11-22.json: not what a run writes" in refusal
     assert not text.exists()
     assert git(plain, "branch", "--list", "fix/*") == ""
 
