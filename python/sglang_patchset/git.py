@@ -19,6 +19,9 @@ _CONFIG = (
     "core.eol=lf",
     "core.fileMode=true",
     "core.fsmonitor=false",
+    # A commit is the same everywhere, and nobody is asked for a passphrase or by a hook in its middle.
+    f"core.hooksPath={os.devnull}",
+    "commit.gpgSign=false",
     # Without these, git takes ~/.config/git/ignore and attributes even where it reads no configuration.
     f"core.excludesFile={os.devnull}",
     f"core.attributesFile={os.devnull}",

@@ -95,6 +95,20 @@ def test_to_the_next_release(
     ]
 
 
+def test_hooks_and_signatures_stay_out(checkout: Path, wheels: Mapping[str, Path], command: Command) -> None:
+    """A hook that fails, or a key that is not there, is no conflict; nor does it stop the way half gone."""
+    hook = checkout / ".git" / "hooks" / "post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    for name in ("post-checkout", "applypatch-msg", "pre-applypatch"):
+        hook.with_name(name).write_text("#!/bin/sh\nexit 1\n")
+        hook.with_name(name).chmod(0o755)
+    git(checkout, "config", "commit.gpgSign", "true")
+    git(checkout, "config", "gpg.program", "false")
+    result = command("rebase", checkout, wheels[NEW])
+    assert (result.code, result.err) == (1, "")
+    assert outcomes(result.out).items() >= {DSA: "carried", DSV4: "conflict"}.items()
+
+
 def test_what_is_in_already(
     checkout: Path, checkouts: Mapping[str, Path], wheels: Mapping[str, Path], project: Path
 ) -> None:
