@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,17 +15,21 @@ from sglang_patchset.errors import PatchsetError
 
 _NAME = re.compile(r"\d{4}-(?P<fix>.+)\.patch")
 _FILE = re.compile(r"^diff --git a/python/(?P<path>\S+) b/python/(?P=path)$")
-_HUNK = re.compile(rb"@@ -(?P<line>\d+)")
+_HUNK = re.compile(rb"@@ -(?P<line>\d+)[^@]*@@(?: (?P<scope>(?:class|def|async def) \w+))?")
 _INDEX = re.compile(r"^index (?P<old>[0-9a-f]{40})\.\.(?P<new>[0-9a-f]{40}) 100(644|755)$")
 
 
 @dataclass(frozen=True)
 class Hunk:
-    """One place that a patch changes: its first line's number before, and its lines before and after."""
+    """One place that a patch changes: its first line's number before, and its lines before and after.
+
+    `scope` begins the class or function that it is in; empty where its own lines do, or there is none.
+    """
 
     line: int
     before: bytes
     after: bytes
+    scope: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def digest(patches: Iterable[Patch]) -> str:
 
 
 def _hunk(body: bytes) -> Hunk:
-    header, *lines = body.splitlines(keepends=True)
+    header, *lines = re.findall(rb".*\n", body)
     match = _HUNK.match(header)
     assert match, "git writes no other header"
     sides: dict[bytes, list[bytes]] = {b"-": [], b"+": []}
@@ -109,7 +114,10 @@ def _hunk(body: bytes) -> Hunk:
         for sign in sides:
             if kind in (b" ", sign):
                 sides[sign].append(line[1:])
-    return Hunk(int(match["line"]), b"".join(sides[b"-"]), b"".join(sides[b"+"]))
+    leading = itertools.takewhile(lambda line: line.startswith(b" "), lines)
+    own = any(re.match(rb" [A-Za-z_$]", line) for line in leading)
+    scope = b"" if own else match["scope"] or b""
+    return Hunk(int(match["line"]), b"".join(sides[b"-"]), b"".join(sides[b"+"]), scope)
 
 
 def _read(path: Path) -> Patch:

@@ -74,7 +74,8 @@ def examine(catalog: Catalog, target: Target) -> Report:
         if found is None:
             return _report(target, None, [_by_version(catalog, fix, target.version, read) for fix in fixes])
         applied = receipt.parse(read(receipt.PATH))
-    return _report(target, found, [_by_bytes(fix, found, applied) for fix in fixes])
+        statuses = [_by_bytes(catalog, fix, found, applied, read) for fix in fixes]
+    return _report(target, found, statuses)
 
 
 def _report(target: Target, found: Survey | None, statuses: Sequence[FixStatus]) -> Report:
@@ -85,7 +86,7 @@ def _survey(catalog: Catalog, version: Version | None, read: Reader) -> Survey |
     """The survey of the pinned release that a tree is."""
     claimed = catalog.releases.get(published_version(version)) if version else None
     taken = survey.take(patches.load(catalog, claimed), read) if claimed else None
-    if taken and not taken.foreign():
+    if taken and taken.files and not taken.foreign():
         return taken
     # A checkout's version may be that of another commit, or of none: its files may still be a release's.
     others = [patches.load(catalog, each) for each in catalog.releases.values() if each is not claimed]
@@ -93,11 +94,13 @@ def _survey(catalog: Catalog, version: Version | None, read: Reader) -> Survey |
     return survey.take(fitting[0], read) if len(fitting) == 1 else taken
 
 
-def _by_bytes(fix: Fix, found: Survey, applied: Receipt | None) -> FixStatus:
+def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None, read: Reader) -> FixStatus:
     release = found.series.release.version
     cell = fix.cell(release)
     if cell is None:
         return FixStatus(fix, FixState.UNKNOWN, f"fixes.toml says nothing of it in {release}")
+    if cell.state is CellState.UPSTREAM and (reason := _contradiction(catalog, fix, read)):
+        return FixStatus(fix, FixState.UNKNOWN, f"SGLang {release} has it, but {reason}")
     if cell.state is not CellState.PATCH:
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     patch = found.series.patch(fix.name)

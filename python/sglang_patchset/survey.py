@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from sglang_patchset import git
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.patches import Patch, Series
+from sglang_patchset.patches import Hunk, Patch, Series
 from sglang_patchset.targets import Reader
+
+_SCOPE = re.compile(rb"^(?:class|def|async def) \w+", re.MULTILINE)
 
 
 class Presence(Enum):
@@ -152,13 +155,14 @@ def _own(series: Series, path: str, content: bytes) -> FileState | None:
 def _among_others(series: Series, path: str, content: bytes) -> FileState:
     """The state of a file that has somebody else's changes, told by the lines of each patch alone.
 
-    A patch is in, or out, where each of its hunks has its lines after, or before, exactly once, and those of
-    the other side nowhere: whatever git does with it, there is no second place.
+    A patch is in, or out, where each of its hunks has its lines after, or before, exactly once, in the class
+    or function that it is for, and those of the other side nowhere: whatever git does with it, there is no
+    second place.
     """
     applied, conflicts = set(), {}
     for patch in series.files[path]:
         hunks = patch.hunks(path)
-        sides = [(_count(content, hunk.before), _count(content, hunk.after)) for hunk in hunks]
+        sides = [_sides(content, hunk) for hunk in hunks]
         if set(sides) == {(0, 1)}:
             applied.add(patch.fix)
         elif set(sides) != {(1, 0)}:
@@ -178,12 +182,20 @@ def _conflict(lines: Sequence[int], sides: Sequence[tuple[int, int]]) -> tuple[i
     return line, f"is half patched, and {'lacks' if sides[0] == (0, 1) else 'has'}"
 
 
-def _count(content: bytes, lines: bytes) -> int:
-    """How often whole lines stand in a file, those that overlap included."""
-    text, pattern, count, place = b"\n" + content, b"\n" + lines, 0, -1
-    while (place := text.find(pattern, place + 1)) >= 0:
-        count += 1
-    return count
+def _sides(content: bytes, hunk: Hunk) -> tuple[int, int]:
+    """How often a hunk's lines before and after stand in a file; a single place elsewhere counts for none."""
+    before, after = (_places(content, lines) for lines in (hunk.before, hunk.after))
+    if hunk.scope and len(before + after) == 1:
+        scopes = _SCOPE.findall(content, 0, *before, *after)
+        if scopes[-1:] != [hunk.scope]:
+            return 0, 0
+    return len(before), len(after)
+
+
+def _places(content: bytes, lines: bytes) -> list[int]:
+    """Where whole lines stand in a file, those that overlap included."""
+    ends = b"" if lines.endswith(b"\n") else rb"\Z"
+    return [match.start() for match in re.finditer(rb"(?m)^(?=" + re.escape(lines) + ends + rb")", content)]
 
 
 def _take_off(series: Series, path: str, content: bytes) -> frozenset[str]:

@@ -120,6 +120,40 @@ def test_two_places_for_one_hunk(tree: Path, tables: Catalog, command: Command) 
         assert digest(tree) == before
 
 
+def test_the_lines_of_a_fix_in_another_class(tree: Path, command: Command) -> None:
+    """A class set aside has our lines, and what runs is another's: that is neither patched nor vulnerable."""
+    theirs = "\n\nclass HashTopK(nn.Module):\n    pass"
+    for _ in range(2):
+        before = (tree / HASH_TOPK).read_bytes()
+        change(tree / HASH_TOPK, "class HashTopK(nn.Module):", "class Old(nn.Module):")
+        edit(tree / HASH_TOPK, theirs)
+        state, detail = states(command, tree)[HASH]
+        assert (state, detail.partition(" the hunk")[0]) == (
+            "unknown",
+            f"{HASH_TOPK} has other changes in the place of",
+        )
+        assert "other changes in the place of" in command("revert", tree, HASH).refusal()
+        (tree / HASH_TOPK).write_bytes(before)
+        assert command("apply", tree, HASH).code == 0
+    # Its own head may change.
+    change(tree / HASH_TOPK, "class HashTopK(nn.Module):", "class HashTopK(Base):")
+    assert states(command, tree)[HASH][0] == "patched"
+
+
+def test_an_older_release_s_file(
+    tree: Path, unpacked: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    """The table says that 0.5.12.post1 has the fix; the file is that of 0.5.12, which lacks it."""
+    newer = link(unpacked["0.5.12.post1"], tmp_path / "newer")
+    (newer / HASH_TOPK).unlink()
+    (newer / HASH_TOPK).write_bytes((tree / HASH_TOPK).read_bytes())
+    state, detail = states(command, newer)[HASH]
+    assert (state, detail) == (
+        "unknown",
+        f"SGLang 0.5.12.post1 has it, but {HASH_TOPK} is that of SGLang 0.5.12",
+    )
+
+
 def test_half_of_a_file_s_hunks(tree: Path, command: Command) -> None:
     assert command("apply", tree, DSV4).code == 0
     edit(tree / HASH_TOPK, "# mine")
@@ -250,9 +284,22 @@ def test_hunks_without_a_last_newline(tmp_path: Path) -> None:
         ("-b\n\\ No newline at end of file\n+c\n", b"a\nb", b"a\nc\n"),
         ("-b\n+c\n\\ No newline at end of file\n", b"a\nb\n", b"a\nc"),
         ("+c\n b\n\\ No newline at end of file\n", b"a\nb", b"a\nc\nb"),
+        # Only \n ends a line.
+        ("-b\f\rb\n+c\r\n", b"a\nb\f\rb\n", b"a\nc\r\n"),
     ]:
-        patch.path.write_text(head + body)
+        patch.path.write_bytes((head + body).encode())
         assert patch.hunks("sglang/a.py") == [patches.Hunk(3, before, after)]
+    # A last line without its end is not the beginning of a longer one.
+    patch.path.write_text(head + "+c\n b\n\\ No newline at end of file\n")
+    series = Series(None, (patches.Patch("x", patch.path, "", {"sglang/a.py": ("0", "1")}),))  # type: ignore[arg-type]
+    for content, presence in [
+        (b"# theirs\na\nb", Presence.OUT),
+        (b"# theirs\na\nc\nb", Presence.IN),
+        (b"# theirs\na\nc\nbb", Presence.UNKNOWN),
+        (b"# theirs\na\nbb\n", Presence.UNKNOWN),
+    ]:
+        found = survey.take(series, {"sglang/a.py": content}.get)
+        assert found.presence(series.patches[0])[0] is presence
     assert patch.hunks("sglang/b.py") == []
 
 
