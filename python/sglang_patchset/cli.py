@@ -19,10 +19,10 @@ from sglang_patchset import (
     catalog,
     pins,
     proposal,
-    queue,
     rebase,
     releases,
     series,
+    stack,
     status,
     targets,
     upstream,
@@ -266,7 +266,7 @@ def _pin(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _refresh(tables: Catalog, options: argparse.Namespace) -> int:
-    done = queue.refresh(tables, options.directory)
+    done = stack.refresh(tables, options.directory)
     rows = [(fix, name, change.value) for fix, name, change in done.changes]
     _print_table(("fix", f"patches/{done.release.version}", ""), rows)
     for reminder in done.reminders:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from sglang_patchset import git, queue, releases, upstream
+from sglang_patchset import git, releases, stack, upstream
 from sglang_patchset.catalog import Catalog, CellState, Release
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.queue import Mail
+from sglang_patchset.stack import Mail
 from sglang_patchset.upstream import TAG
 
 
@@ -51,9 +51,9 @@ def rebase(catalog: Catalog, directory: Path, name: str, find_links: Path | None
     Raises:
         PatchsetError: nothing was changed, the message says why.
     """
-    if queue.under_way(directory) == "rebase-apply":
+    if stack.under_way(directory) == "rebase-apply":
         return _go_on(catalog, directory, name)
-    with queue.opened(catalog, directory) as old, tempfile.TemporaryDirectory() as scratch:
+    with stack.opened(catalog, directory) as old, tempfile.TemporaryDirectory() as scratch:
         wheel = releases.obtain(catalog, name, Path(scratch), find_links)
         release = releases.check(catalog, wheel)
         if release == old.release:
@@ -94,7 +94,7 @@ def _dropped(catalog: Catalog, mail: Mail, release: Release, directory: Path) ->
 
 
 def _go_on(catalog: Catalog, directory: Path, name: str) -> Rebased:
-    release = queue.base_release(catalog, directory)
+    release = stack.base_release(catalog, directory)
     if str(release.version) != name:
         raise PatchsetError(
             f"{directory}: on its way to SGLang {release.version}: finish that with `git am --continue`, "

@@ -324,7 +324,7 @@ def test_a_directory_that_cannot_be_replaced(
     checkout: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old series is put back."""
-    from sglang_patchset import catalog, queue
+    from sglang_patchset import catalog, stack
 
     git(checkout, "reset", "--quiet", "--hard", "HEAD~1")
     before = digest(project / "patches")
@@ -338,5 +338,5 @@ def test_a_directory_that_cannot_be_replaced(
 
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(OSError, match="no"):
-        queue.refresh(catalog.load(project / "patches"), checkout)
+        stack.refresh(catalog.load(project / "patches"), checkout)
     assert digest(project / "patches") == before

@@ -1,4 +1,4 @@
-"""The queue: a release's fixes as the commits on it, checked, and written to `patches/` again."""
+"""The stack: a release's fixes as the commits on it, checked, and written to `patches/` again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Mail:
 
 
 @dataclass(frozen=True)
-class Queue:
+class Stack:
     """The commits on a release, in order, as mails."""
 
     release: Release
@@ -67,28 +67,28 @@ def refresh(catalog: Catalog, directory: Path) -> Refreshed:
     Raises:
         PatchsetError: a commit is none that the series can have; nothing was written.
     """
-    with opened(catalog, directory) as queue:
-        version = str(queue.release.version)
+    with opened(catalog, directory) as stack:
+        version = str(stack.release.version)
         before = _files(catalog.root / version)
         with tempfile.TemporaryDirectory(dir=catalog.root, prefix=".patchset-") as scratch:
             draft = Path(scratch, version)
             draft.mkdir()
-            for mail in queue.mails:
+            for mail in stack.mails:
                 (draft / mail.path.name).write_bytes(mail.path.read_bytes())
-            names = "".join(f"{mail.path.name}\n" for mail in queue.mails)
+            names = "".join(f"{mail.path.name}\n" for mail in stack.mails)
             (draft / "series").write_text(names, encoding="utf-8")
             # What was written is read before it counts.
-            patches.load(replace(catalog, root=Path(scratch)), queue.release)
+            patches.load(replace(catalog, root=Path(scratch)), stack.release)
             after = _files(draft)
             if before != after:
                 _swap(draft, catalog.root / version, Path(scratch, "old"))
     changes = list(_changes(before, after))
-    return Refreshed(queue.release, changes, list(_reminders(catalog, queue, changes)))
+    return Refreshed(stack.release, changes, list(_reminders(catalog, stack, changes)))
 
 
 @contextmanager
-def opened(catalog: Catalog, directory: Path) -> Iterator[Queue]:
-    """The queue of a repository that `checkout` made; its mails are there until the end.
+def opened(catalog: Catalog, directory: Path) -> Iterator[Stack]:
+    """The stack of a repository that `checkout` made; its mails are there until the end.
 
     Neither the user's nor the repository's configuration changes a byte of them.
 
@@ -116,7 +116,7 @@ def opened(catalog: Catalog, directory: Path) -> Iterator[Queue]:
                     f"{_named(bare, commit)}: {fix} again, after {fixes[fix][:10]}: make one commit of them"
                 )
             fixes[fix] = commit
-        yield Queue(release, tuple(_write(bare, base, head, list(fixes.items()), Path(scratch))))
+        yield Stack(release, tuple(_write(bare, base, head, list(fixes.items()), Path(scratch))))
 
 
 def check_clean(directory: Path) -> None:
@@ -299,14 +299,14 @@ def _fix(name: str) -> str:
     return re.sub(r"^\d+-|\.patch$", "", name)
 
 
-def _reminders(catalog: Catalog, queue: Queue, changes: Sequence[tuple[str, str, Change]]) -> Iterator[str]:
-    release = queue.release
+def _reminders(catalog: Catalog, stack: Stack, changes: Sequence[tuple[str, str, Change]]) -> Iterator[str]:
+    release = stack.release
     if any(change is not Change.UNCHANGED for _, _, change in changes):
         yield (
             f"releases.toml: the series is another one: patch set {release.patchset} of {release.version} "
             f"becomes {release.patchset + 1} where it has been published"
         )
-    carried = {mail.fix for mail in queue.mails}
+    carried = {mail.fix for mail in stack.mails}
     for fix in catalog.fixes.values():
         cell = fix.cell(release.version)
         state = cell.state.value if cell else "nothing"
