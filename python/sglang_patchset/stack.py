@@ -220,7 +220,7 @@ def _check(catalog: Catalog, bare: Path, commit: str) -> str:
 def _write(
     bare: Path, base: str, head: str, commits: Sequence[tuple[str, str]], scratch: Path
 ) -> Iterator[Mail]:
-    """Each commit's mail, once it is seen to give the same commit again."""
+    """Each commit's mail, once it is seen to need no other, and to give the same commit again."""
     if not commits:
         return
     git.run(
@@ -228,10 +228,16 @@ def _write(
         *("--numbered-files", f"--output-directory={scratch}", "--topo-order", f"{base}..{head}"),
         cwd=bare,
     )
-    index = {"GIT_INDEX_FILE": str(scratch / "index")}
-    git.run("read-tree", base, cwd=bare, env=index)
+    index, alone = ({"GIT_INDEX_FILE": str(scratch / name)} for name in ("index", "alone"))
+    for each in (index, alone):
+        git.run("read-tree", base, cwd=bare, env=each)
     for number, (fix, commit) in enumerate(commits, 1):
         mail = (scratch / str(number)).rename(scratch / f"{number:04}-{fix}.patch")
+        if not git.succeeds("apply", "--cached", "--check", str(mail), cwd=bare, env=alone):
+            raise PatchsetError(
+                f"{_named(bare, commit)}: does not apply to the release without the commits before it: "
+                "keep it more than three lines away from theirs, or make one fix of them"
+            )
         git.run("apply", "--cached", "--whitespace=nowarn", str(mail), cwd=bare, env=index)
         tree = git.run("write-tree", cwd=bare, env=index)
         body, subject = scratch / "body", git.run("log", "-1", "--format=%s", commit, cwd=bare).strip()

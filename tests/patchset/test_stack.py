@@ -12,7 +12,7 @@ import pytest
 
 from sglang_patchset.patches import Series
 
-from .conftest import Command, copy, digest, edit, from_copy, git
+from .conftest import Command, change, copy, digest, edit, from_copy, git
 
 HASH, DSA, DSV4 = "hash-topk-dummy-weights", "dsa-index-sharing", "dsv4-expert-distribution"
 ROUTED, SWA = "routed-experts-dp-buffer", "swa-graph-padding"
@@ -275,6 +275,10 @@ def test_commits_that_a_patch_cannot_have(checkout: Path, project: Path) -> None
     (checkout / "test").mkdir()
     (checkout / "test" / "mine.py").write_text("")
     assert "test/mine.py is outside of python/sglang: take it out" in committed()
+
+    # A line that the series' first commit added: nobody could have this fix without that one.
+    change(checkout / HASH_TOPK, "columns) % num_experts,\n", "columns) % num_experts,  # mine\n")
+    assert "does not apply to the release without the commits before it: keep it" in committed()
 
     edit(checkout / HASH_TOPK, "# mine")
     assert f"uncommitted changes (M {HASH_TOPK})" in refusal()
