@@ -71,8 +71,7 @@ def rebase(catalog: Catalog, directory: Path, name: str, find_links: Path | None
         dropped = {
             mail.fix: reason for mail in old.mails if (reason := _dropped(catalog, mail, release, directory))
         }
-        git.run("branch", branch, tag, cwd=directory)
-        git.run("checkout", "--quiet", branch, cwd=directory)
+        git.run("checkout", "--quiet", "--no-track", "-b", branch, tag, cwd=directory)
         _copy_built(base, directory)
         mails = [mail for mail in old.mails if mail.fix not in dropped]
         if mails:
@@ -120,7 +119,8 @@ def _report(directory: Path, release: Release, given: dict[str, None]) -> Iterat
         elif fix not in pending:
             yield fix, Outcome.DROPPED, f"already in {release.version}: nothing is left of it"
         elif fix == pending[0]:
-            yield fix, Outcome.CONFLICT, "; ".join(_conflicts(directory))
+            places = "; ".join(_conflicts(directory))
+            yield fix, Outcome.CONFLICT, places or "nothing of it is staged: `git am --skip` leaves it out"
         else:
             yield fix, Outcome.WAITS, ""
 

@@ -107,6 +107,10 @@ def test_hooks_and_signatures_stay_out(checkout: Path, wheels: Mapping[str, Path
     result = command("rebase", checkout, wheels[NEW])
     assert (result.code, result.err) == (1, "")
     assert outcomes(result.out).items() >= {DSA: "carried", DSV4: "conflict"}.items()
+    # Solved by leaving all of it out: git does not go on from there by itself.
+    git(checkout, "reset", "--quiet", "--hard")
+    result = command("rebase", checkout, NEW)
+    assert f"{DSV4}: nothing of it is staged: `git am --skip` leaves it out\n" in result.out
 
 
 def test_what_is_in_already(
