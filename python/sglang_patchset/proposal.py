@@ -183,8 +183,7 @@ def _page(
 
 ## Accuracy Tests
 
-`{test}` runs on the CPU. Without the change, on {release.version}, these of its tests fail, each with the words
-that match:
+`{test}` runs on the CPU. Without the change, on {release.version}, these of its tests fail, each with the words that match:
 
 {reds}
 
