@@ -72,7 +72,7 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
         tree = git.run("write-tree", cwd=directory, env=index).strip()
         head = git.run("rev-parse", "HEAD", cwd=directory).strip()
         commit = git.run("commit-tree", "-p", head, "-F", str(message), tree, cwd=directory, env=who).strip()
-        stat = git.run("diff", "--stat", head, commit, cwd=directory)
+        stat = git.run("diff", "--no-color", "--no-ext-diff", "--stat", head, commit, cwd=directory)
     page = _page(
         fix, release, subject, body, stat, test, [each for each in results.seen(catalog) if each.fix == name]
     )
@@ -128,9 +128,10 @@ def _test_path(fix: Fix, directory: Path) -> str:
 def _registered(test: str, directory: Path) -> str:
     """The test, registered in the suite that its neighbours are in."""
     pattern = ["-h", "-o", "-E", f'"{_SUITE.pattern}"', "HEAD"]
+    plain = ["--no-line-number", "--no-column", "--no-color"]
     places = ["--", str(_TESTS), _REGISTRY]
     if git.succeeds("grep", "-q", *pattern[2:], *places, cwd=directory):
-        found = git.run("grep", *pattern, *places, cwd=directory).split()
+        found = git.run("grep", *plain, *pattern, *places, cwd=directory).split()
         test = _SUITE.sub(Counter(found).most_common(1)[0][0].strip('"'), test)
     return test
 

@@ -79,6 +79,11 @@ def test_the_suite_of_the_neighbours(plain: Path, command: Command, tmp_path: Pa
         (neighbours / f"test_{name}.py").write_text('register_cpu_ci(est_time=5, suite="base-a-test-cpu")\n')
     git(plain, "add", "--all")
     git(plain, "commit", "--quiet", "--message", "Neighbours")
+    # What the checkout's maker wants to see of git is none of the test.
+    for name in ("grep.lineNumber", "grep.column", "grep.fullName"):
+        git(plain, "config", name, "true")
+    for name in ("color.ui", "color.grep", "color.diff"):
+        git(plain, "config", name, "always")
     assert command("export", HASH, plain, tmp_path / "text.md").code == 0
     test = git(plain, "show", f"fix/{HASH}:{TEST}")
     assert 'register_cpu_ci(est_time=2, suite="base-a-test-cpu")\n' in test
