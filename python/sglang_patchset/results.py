@@ -160,6 +160,8 @@ def table(catalog: Catalog) -> str:
         ]
         for each in seen(catalog)
     ]
+    if not rows:
+        return ""
     header = ["fix", "release", "as published", "patched", "seen on"]
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -169,4 +171,5 @@ def in_readme(catalog: Catalog, readme: str) -> str:
     """The README's text with the table of now between its marks."""
     before, begin, rest = readme.partition(_BEGIN)
     _, end, after = rest.partition(_END)
-    return f"{before}{begin}\n{table(catalog)}\n{end}{after}"
+    rows = table(catalog)
+    return f"{before}{begin}{f'{chr(10)}{rows}{chr(10)}' if rows else ''}{end}{after}"

@@ -130,6 +130,10 @@ def test_pack_and_unpack(box: Box) -> None:
 
     environment = box.clone / ".venv-gpu"
     assert (environment / "made-for").read_bytes() == (box.clone / LOCK).read_bytes()
+    # It is compiled there, so that not every test has to.
+    for made in (box.clone / ".cache/trees" / TREE / "sglang", environment):
+        assert list(made.rglob(f"__pycache__/__init__.{sys.implementation.cache_tag}.pyc"))
+    shutil.rmtree(box.clone / ".cache/trees" / TREE / "sglang/__pycache__")
     assert digest(box.clone / ".cache/trees") == {
         TREE: "40755 ",
         f"{TREE}/sglang": "40755 ",

@@ -23,14 +23,18 @@ from .conftest import edit
 VERSION = Version("0.5.12")
 
 
-def test_trees(
-    tables: Catalog, wheels: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def published(wheels: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheels are at hand."""
     monkeypatch.setattr(
         releases,
         "fetch",
         lambda release, scratch, **_: Path(shutil.copy(wheels[str(release.version)], scratch)),
     )
+
+
+@pytest.mark.usefixtures("published")
+def test_trees(tables: Catalog, tmp_path: Path) -> None:
     trees = Trees(tables, tmp_path)
     for make, state in ((trees.published, FixState.VULNERABLE), (trees.patched, FixState.PATCHED)):
         tree = make(tables.releases[VERSION])
@@ -48,14 +52,8 @@ def test_trees(
         assert utils.read_bytes() == before
 
 
-def test_part_of_a_series(
-    tables: Catalog, wheels: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        releases,
-        "fetch",
-        lambda release, scratch, **_: Path(shutil.copy(wheels[str(release.version)], scratch)),
-    )
+@pytest.mark.usefixtures("published")
+def test_part_of_a_series(tables: Catalog, tmp_path: Path) -> None:
     trees = Trees(tables, tmp_path)
     release = tables.releases[VERSION]
     tree = trees.partly(release, ["swa-graph-padding"])
@@ -76,15 +74,9 @@ def test_tree_for_another_python(tables: Catalog, tmp_path: Path) -> None:
     assert extension.name == f"_core.cpython-{other[2:]}-aarch64-linux-gnu.so"
 
 
-def test_a_fix_without_a_patch_yet(
-    tables: Catalog, wheels: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("published")
+def test_a_fix_without_a_patch_yet(tables: Catalog, tmp_path: Path) -> None:
     """Its test can be seen to be red before there is one."""
-    monkeypatch.setattr(
-        releases,
-        "fetch",
-        lambda release, scratch, **_: Path(shutil.copy(wheels[str(release.version)], scratch)),
-    )
     new = replace(tables.fix("swa-graph-padding"), name="new")
     tree = Trees(replace(tables, fixes={**tables.fixes, "new": new}), tmp_path).patched(
         tables.releases[VERSION]
