@@ -242,7 +242,9 @@ def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
         print(f"`sglang-patchset refresh {options.directory}` writes patches/{done.release.version}")
         return 0
     git = f"git -C {options.directory}"
-    print(f"solve it there, `{git} add` it, and `{git} am --continue` (or --skip, --abort)")
+    print(f"solve it there, `{git} add` it, and `{git} am --continue` (or --skip)")
+    branch = f"patchset-{done.release.version}"
+    print(f"to give up: `{git} am --abort && {git} checkout patchset && {git} branch -D {branch}`")
     return 1
 
 

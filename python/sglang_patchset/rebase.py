@@ -54,6 +54,8 @@ def rebase(catalog: Catalog, directory: Path, name: str, find_links: Path | None
     if stack.under_way(directory) == "rebase-apply":
         return _go_on(catalog, directory, name)
     with stack.opened(catalog, directory) as old, tempfile.TemporaryDirectory() as scratch:
+        if not old.mails:
+            raise PatchsetError(stack.without_a_fix(directory, old.release))
         wheel = releases.obtain(catalog, name, Path(scratch), find_links)
         release = releases.check(catalog, wheel)
         if release == old.release:
@@ -95,9 +97,10 @@ def _dropped(catalog: Catalog, mail: Mail, release: Release, directory: Path) ->
 def _go_on(catalog: Catalog, directory: Path, name: str) -> Rebased:
     release = stack.base_release(catalog, directory)
     if str(release.version) != name:
+        away = f"git am --abort && git checkout patchset && git branch -D patchset-{release.version}"
         raise PatchsetError(
             f"{directory}: on its way to SGLang {release.version}: finish that with `git am --continue`, "
-            "or leave it with `git am --abort`"
+            f"or give it up: `{away}`"
         )
     given = [*_carried(directory, release), *_pending(directory)]
     if not git.run("diff", "--name-only", "--diff-filter=U", cwd=directory):

@@ -70,6 +70,11 @@ def refresh(catalog: Catalog, directory: Path) -> Refreshed:
     with opened(catalog, directory) as stack:
         version = str(stack.release.version)
         before = _files(catalog.root / version)
+        if len(before) > 1 and not stack.mails:
+            raise PatchsetError(
+                f"{without_a_fix(directory, stack.release)} (to drop every patch of {version}, delete them "
+                "and empty its series by hand)"
+            )
         with tempfile.TemporaryDirectory(dir=catalog.root, prefix=".patchset-") as scratch:
             draft = Path(scratch, version)
             draft.mkdir()
@@ -117,6 +122,18 @@ def opened(catalog: Catalog, directory: Path) -> Iterator[Stack]:
                 )
             fixes[fix] = commit
         yield Stack(release, tuple(_write(bare, base, head, list(fixes.items()), Path(scratch))))
+
+
+def without_a_fix(directory: Path, release: Release) -> str:
+    """A refusal's words for a HEAD that is the bare release, where a series is wanted."""
+    git_there, branch = f"git -C {directory}", f"patchset-{release.version}"
+    # Where `git am --abort` leaves one, after `rebase`.
+    left = git.run("branch", "--show-current", cwd=directory).strip() == branch
+    rest = f" && {git_there} branch -D {branch}" * left
+    return (
+        f"{directory}: HEAD is SGLang {release.version} without a fix: "
+        f"`{git_there} checkout patchset{rest}` first"
+    )
 
 
 def check_clean(directory: Path) -> None:

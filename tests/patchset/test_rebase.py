@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_to_the_next_release(
     assert f"{HASH}: upstream in {NEW}, as fixes.toml says\n" in result.out
     assert f"{DSV4}: {DEEPSEEK_V4} line 5\n" in result.out
     assert (checkout / DEEPSEEK_V4).read_text().splitlines()[4].startswith("<<<<<<<")
-    assert "am --continue` (or --skip, --abort)\n" in result.out
+    assert "am --continue` (or --skip)\n" in result.out
     assert "rebase-apply" in from_copy(project, "refresh", checkout).refusal()
     # Not solved yet: the same again.
     again = from_copy(project, "rebase", checkout, NEW)
@@ -161,6 +162,31 @@ def test_nothing_is_left_of_a_fix(
     result = from_copy(project, "rebase", checkout, wheels[NEW])
     assert (result.code, outcomes(result.out)) == (0, {HASH: "dropped"})
     assert f"already in {NEW}" in result.out
+
+
+def test_giving_up(checkout: Path, wheels: Mapping[str, Path], command: Command) -> None:
+    """The words of the conflict lead back to where `rebase` began; half of them are no dead end."""
+    before = git(checkout, "rev-parse", "HEAD"), git(checkout, "branch")
+    result = command("rebase", checkout, wheels[NEW])
+    abort, back = f"git -C {checkout} am --abort", f"git -C {checkout} checkout patchset"
+    delete = f"git -C {checkout} branch -D patchset-{NEW}"
+    assert result.out.endswith(f"to give up: `{abort} && {back} && {delete}`\n")
+    subprocess.run(abort, shell=True, check=True)
+    advice = f"HEAD is SGLang {NEW} without a fix: `{back} && {delete}` first"
+    for verb in (("rebase", checkout, wheels[NEW]), ("refresh", checkout)):
+        assert advice in command(*verb).refusal()
+    subprocess.run(f"{back} && {delete}", shell=True, check=True, capture_output=True)
+    assert (git(checkout, "rev-parse", "HEAD"), git(checkout, "branch")) == before
+
+
+def test_the_bare_release_has_nothing_to_carry(
+    checkout: Path, wheels: Mapping[str, Path], command: Command
+) -> None:
+    git(checkout, "checkout", "--quiet", "release/0.5.12")
+    before = git(checkout, "for-each-ref")
+    refusal = command("rebase", checkout, wheels[NEW]).refusal()
+    assert f"HEAD is SGLang 0.5.12 without a fix: `git -C {checkout} checkout patchset` first" in refusal
+    assert git(checkout, "for-each-ref") == before
 
 
 def test_what_cannot_be_carried(checkout: Path, wheels: Mapping[str, Path], command: Command) -> None:

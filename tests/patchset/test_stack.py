@@ -206,10 +206,21 @@ def test_drop_and_add(checkout: Path, project: Path) -> None:
     assert f"says patch of {DSA} in 0.5.12, whose series lacks it" in result.out
     assert "mine" not in result.out.partition("fixes.toml")[2]
     assert_round_trip(project, checkout)
-    git(checkout, "reset", "--quiet", "--hard", "release/0.5.12")
-    assert set(changes(from_copy(project, "refresh", checkout).out).values()) == {"dropped"}
+
+
+def test_the_bare_release_empties_no_series(checkout: Path, project: Path) -> None:
+    before = digest(project / "patches")
+    git(checkout, "checkout", "--quiet", "release/0.5.12")
+    refusal = from_copy(project, "refresh", checkout).refusal()
+    words = f"{checkout}: HEAD is SGLang 0.5.12 without a fix: `git -C {checkout} checkout patchset` first"
+    assert words in refusal
+    assert digest(project / "patches") == before
+    # With an empty series already, it is none that gets lost.
+    for file in (project / "patches" / "0.5.12").glob("*.patch"):
+        file.unlink()
+    (project / "patches" / "0.5.12" / "series").write_text("")
+    assert from_copy(project, "refresh", checkout).code == 0
     assert [path.name for path in (project / "patches" / "0.5.12").iterdir()] == ["series"]
-    assert_round_trip(project, checkout)
 
 
 @pytest.mark.parametrize(
