@@ -227,7 +227,7 @@ def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
         published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
         upstream.checkout(tables, published, options.directory)
-    print(f"{options.directory}: `git log -p` there shows the fixes")
+    print(f"{options.directory}: on its branch patchset; `git log -p` there shows the fixes")
     return 0
 
 

@@ -288,7 +288,10 @@ def _files(directory: Path) -> dict[str, bytes]:
     series = (directory / "series").read_bytes()
     names = series.decode("utf-8").split()
     if strangers := {path.name for path in directory.iterdir()} - {"series", *names}:
-        raise PatchsetError(f"{directory / min(strangers)}: not in the series: move it away")
+        raise PatchsetError(
+            f"{directory / min(strangers)}: not in the series: move it away, "
+            f"or add it to {directory / 'series'}"
+        )
     return {"series": series, **{name: (directory / name).read_bytes() for name in names}}
 
 

@@ -325,7 +325,8 @@ def test_repositories_that_checkout_did_not_make(
     before = digest(project / "patches")
     (project / "patches" / "0.5.12" / "notes.txt").write_text("mine")
     other = copy(checkouts["0.5.12"], tmp_path / "other")
-    assert "notes.txt: not in the series: move it away" in from_copy(project, "refresh", other).refusal()
+    words = f"move it away, or add it to {project / 'patches' / '0.5.12' / 'series'}"
+    assert f"notes.txt: not in the series: {words}" in from_copy(project, "refresh", other).refusal()
     (project / "patches" / "0.5.12" / "notes.txt").unlink()
     assert digest(project / "patches") == before
 
