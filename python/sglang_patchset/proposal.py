@@ -54,6 +54,8 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
         raise PatchsetError(f"{directory}: has a branch {branch}: delete or rename it")
     if text.exists():
         raise PatchsetError(f"{text}: is there already: name another file")
+    if not text.parent.is_dir():
+        raise PatchsetError(f"{text}: no directory {text.parent}: make it, or name another file")
     who = git.identity(directory)
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}

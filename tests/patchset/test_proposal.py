@@ -188,6 +188,8 @@ def test_what_cannot_be_exported(
     assert f"{text}: is there already" in command("export", HASH, plain, text).refusal()
     assert text.read_text() == "mine"
     text.unlink()
+    nowhere = tmp_path / "nowhere" / "text.md"
+    assert f"{nowhere}: no directory {nowhere.parent}" in command("export", HASH, plain, nowhere).refusal()
     for part in ("name", "email"):
         git(plain, "config", f"user.{part}", "me")
     (plain / TEST).parent.mkdir(parents=True)
