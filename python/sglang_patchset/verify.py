@@ -23,6 +23,7 @@ from importlib import util
 from pathlib import Path
 from xml.etree import ElementTree
 
+from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release, Suite
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.trees import Trees
@@ -128,22 +129,64 @@ def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], tre
         PatchsetError: no clone, an interpreter without SGLang's dependencies, or a release cannot be got.
     """
     _check_interpreter()
+    clone = catalog.clone()
     for fix in fixes:
-        if not (catalog.root.parent / fix.suite.test).is_file():
+        if not (clone / fix.suite.test).is_file():
             raise PatchsetError(
-                f"{fix.suite.test}: not installed: run verify from a clone of sglang-patchset"
+                f"{clone / fix.suite.test}: no such file: write it, "
+                f"or correct `test` of {fix.name} in fixes.toml"
             )
     shelf = Trees(catalog, trees)
-    groups = []
+    groups: list[tuple[Path, list[Cell]]] = []
     for release in releases:
         for tree in Tree:
             if cells := list(_cells(catalog, release, tree, fixes)):
                 path = shelf.patched(release) if tree is Tree.PATCHED else shelf.published(release)
                 groups.append((path, cells))
     # A tree is a process: importing SGLang takes longer than most tests.
-    with Runner(catalog.root.parent) as runner, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with Runner(clone) as runner, ThreadPoolExecutor(os.cpu_count()) as pool:
         results = [pool.submit(runner.verify, path, cells) for path, cells in groups]
-        return runner.wait(pool, results)
+        verdicts = runner.wait(pool, results)
+    whose = [(path, cell) for path, cells in groups for cell in cells]
+    return [
+        _without_patch(catalog, cell, _without_code(catalog, shelf, path, cell, verdict))
+        for (path, cell), verdict in zip(whose, verdicts, strict=True)
+    ]
+
+
+def _without_code(catalog: Catalog, shelf: Trees, tree: Path, cell: Cell, verdict: Verdict) -> Verdict:
+    """The verdict, or what is wrong with `code`: where a path is mistyped, that it is absent says nothing."""
+    fix = cell.fix
+    if cell.expected is not Outcome.ABSENT:
+        missing = [] if any((tree / path).exists() for path in fix.code) else list(fix.code)
+        places = verdict.release
+    else:
+        having = [each for each in catalog.releases.values() if _has_code(fix, each)]
+        missing = list(fix.code)
+        for release in having:
+            if missing:
+                published = shelf.published(release)
+                missing = [path for path in missing if not (published / path).exists()]
+        places = ", ".join(str(each.version) for each in having) or "any release that has the bug"
+    if not missing and fix.code:
+        return verdict
+    paths = f"no {' and no '.join(missing)} in {places}" if missing else "no path"
+    return replace(
+        verdict, outcome=Outcome.ERROR, detail=f"{paths}: correct `code` of {fix.name} in fixes.toml"
+    )
+
+
+def _has_code(fix: Fix, release: Release) -> bool:
+    cell = fix.cell(release.version)
+    return cell is not None and cell.state is not CellState.NOT_AFFECTED
+
+
+def _without_patch(catalog: Catalog, cell: Cell, verdict: Verdict) -> Verdict:
+    """The verdict, which says first that there is no patch yet."""
+    if cell.tree is Tree.PUBLISHED or patches.load(catalog, cell.release).patch(cell.fix.name):
+        return verdict
+    words = f"no patch of {verdict.fix} in patches/{verdict.release}/series"
+    return replace(verdict, outcome=Outcome.ERROR, detail="; ".join(filter(None, (words, verdict.detail))))
 
 
 def _check_interpreter() -> None:

@@ -84,6 +84,19 @@ def test_trailers_are_what_the_catalogue_says(tables: Catalog, series: Series) -
         assert trailers["Affects"] == ", ".join(map(str, _affected(tables, patch.fix)))
 
 
+def test_code_is_where_the_bug_can_be(tables: Catalog, wheels: Mapping[str, Path]) -> None:
+    """A mistyped path is in no release, and would pass for code that is absent."""
+    names = {release: set(ZipFile(wheel).namelist()) for release, wheel in wheels.items()}
+    for fix in tables.fixes.values():
+        having = [
+            names[str(version)]
+            for version in tables.releases
+            if (cell := fix.cell(version)) and cell.state is not CellState.NOT_AFFECTED
+        ]
+        assert all(any(path in files for path in fix.code) for files in having)
+        assert all(any(path in files for files in having) for path in fix.code)
+
+
 def test_cells_without_a_patch(wheels: Mapping[str, Path]) -> None:
     hash_topk = "sglang/srt/layers/moe/hash_topk.py"
     assert not {hash_topk, "sglang/srt/models/deepseek_v4.py"} & set(ZipFile(wheels["0.5.11"]).namelist())

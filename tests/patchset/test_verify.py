@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from sglang_patchset import verify
 from sglang_patchset.catalog import Catalog, Cell, CellState, Fix, Suite
+from sglang_patchset.errors import PatchsetError
 from sglang_patchset.verify import Outcome, Verdict
 
 from .conftest import Command
@@ -44,17 +45,23 @@ REDS = {"TestBug::test_bug": r"value 99 is out of range", "TestBug::test_each": 
 @pytest.fixture
 def bug(tables: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     """A clone of a patch set with one fix for 0.5.12, whose trees are a single module each."""
-    test = tmp_path / "clone" / "tests" / "test_bug.py"
-    test.parent.mkdir(parents=True)
+    test = tmp_path / "clone" / "tests" / "regression" / "test_bug.py"
+    series = tmp_path / "clone" / "patches" / "0.5.12"
+    for directory in (test.parent, series):
+        directory.mkdir(parents=True)
     test.write_text(TESTS)
+    (series / "series").write_text("0001-bug.patch\n")
+    (series / "0001-bug.patch").write_text(
+        f"diff --git a/python/sglang.py b/python/sglang.py\nindex {'0' * 40}..{'1' * 40} 100644\n"
+    )
     fix = Fix(
         name="bug",
         upstream_pr=1,
         title="",
         symptom="",
-        code=("sglang/bug.py",),
+        code=("sglang.py",),
         cells={"==0.5.12": Cell(CellState.PATCH)},
-        suite=Suite("tests/test_bug.py", {"==0.5.12": REDS}),
+        suite=Suite("tests/regression/test_bug.py", {"==0.5.12": REDS}),
     )
     _tree(tmp_path / "trees" / "published", 99)
     _tree(tmp_path / "trees" / "patched", 5)
@@ -82,10 +89,11 @@ def _with(
     tables: Catalog,
     cells: Mapping[str, Cell] | None = None,
     reds: Mapping[str, Mapping[str, str]] | None = None,
+    code: str = "sglang.py",
 ) -> Catalog:
     fix = tables.fixes["bug"]
     suite = fix.suite if reds is None else dataclasses.replace(fix.suite, reds=reds)
-    fix = dataclasses.replace(fix, cells=cells or fix.cells, suite=suite)
+    fix = dataclasses.replace(fix, cells=cells or fix.cells, suite=suite, code=(code,))
     return dataclasses.replace(tables, fixes={"bug": fix})
 
 
@@ -192,15 +200,63 @@ def test_later_release_that_does_not_import(bug: Catalog) -> None:
     assert "NameError" in verdict.detail
 
 
-def test_absent_code(bug: Catalog) -> None:
-    tables = _with(bug, cells={"==0.5.12": Cell(CellState.NOT_AFFECTED)}, reds={})
-    (verdict,) = _verify(tables)
-    assert (verdict.outcome, verdict.holds) == (Outcome.ABSENT, True)
-    code = bug.root.parents[1] / "trees" / "published" / "sglang" / "bug.py"
-    code.parent.mkdir()
-    code.touch()
-    (verdict,) = _verify(tables)
-    assert (verdict.outcome, verdict.detail) == (Outcome.ERROR, "has sglang/bug.py")
+@pytest.fixture
+def absent(bug: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
+    """The bug came with 0.5.12, in a file that 0.5.11 lacks."""
+    trees = tmp_path / "trees"
+    (trees / "published" / "sglang_bug.py").touch()
+    _tree(trees / "0.5.11", 99)
+    monkeypatch.setattr(
+        verify.Trees,
+        "published",
+        lambda _, release: trees / ("0.5.11" if str(release.version) == "0.5.11" else "published"),
+    )
+    cells = {"==0.5.11": Cell(CellState.NOT_AFFECTED), "==0.5.12": Cell(CellState.PATCH)}
+    return _with(bug, cells=cells, code="sglang_bug.py")
+
+
+def _verify_the_older(tables: Catalog) -> Verdict:
+    (verdict,) = verify.run(tables, [tables.fixes["bug"]], [tables.releases[Version("0.5.11")]], tables.root)
+    return verdict
+
+
+def test_absent_code(absent: Catalog, tmp_path: Path) -> None:
+    verdict = _verify_the_older(absent)
+    assert (verdict.outcome, verdict.holds, verdict.detail) == (Outcome.ABSENT, True, "")
+    (tmp_path / "trees" / "0.5.11" / "sglang_bug.py").touch()
+    verdict = _verify_the_older(absent)
+    assert (verdict.outcome, verdict.detail) == (Outcome.ERROR, "has sglang_bug.py")
+
+
+def test_mistyped_code_is_not_absent(absent: Catalog) -> None:
+    """Whatever the release, a path that none has would be missing from it."""
+    tables = _with(absent, code="python/sglang_bug.py")
+    verdict = _verify_the_older(tables)
+    assert (verdict.outcome, verdict.holds) == (Outcome.ERROR, False)
+    words = "no python/sglang_bug.py in 0.5.12: correct `code` of bug in fixes.toml"
+    assert verdict.detail == words
+    assert [(each.outcome, each.detail) for each in _verify(tables)] == [(Outcome.ERROR, words)] * 2
+
+
+def test_no_patch_yet(bug: Catalog) -> None:
+    (bug.root / "0.5.12" / "series").write_text("")
+    _tree(bug.root.parents[1] / "trees" / "patched", 99)
+    red, green = _verify(bug)
+    assert (red.outcome, red.detail) == (Outcome.RED, "")
+    assert green.outcome is Outcome.ERROR
+    assert green.detail.startswith("no patch of bug in patches/0.5.12/series; TestBug::test_bug fails: ")
+
+
+def test_no_such_test(bug: Catalog) -> None:
+    test = bug.root.parent / bug.fixes["bug"].suite.test
+    test.unlink()
+    with pytest.raises(PatchsetError) as refusal:
+        _verify(bug)
+    words = "no such file: write it, or correct `test` of bug in fixes.toml"
+    assert str(refusal.value) == f"{test}: {words}"
+    test.parent.rmdir()
+    with pytest.raises(PatchsetError, match="work in a clone of sglang-patchset"):
+        _verify(bug)
 
 
 def test_what_is_ended_runs_no_further(bug: Catalog, tmp_path: Path) -> None:
