@@ -85,8 +85,9 @@ class Fix:
         )
 
     def later(self, pinned: Iterable[Version]) -> list[str]:
-        """The version specifiers of the cells that hold none of the pinned releases."""
-        return [versions for versions in self.cells if not any(SpecifierSet(versions).filter(pinned))]
+        """The version specifiers of the cells that hold more than a single one of the pinned releases."""
+        single = [SpecifierSet(f"=={version}") for version in pinned]
+        return [versions for versions in self.cells if SpecifierSet(versions) not in single]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import NoReturn
+
+from packaging.version import Version
 
 from sglang_patchset import (
     __version__,
@@ -29,7 +32,7 @@ from sglang_patchset import (
     verify,
     wheels,
 )
-from sglang_patchset.catalog import Catalog
+from sglang_patchset.catalog import Catalog, Fix
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.status import FixState, Report
 from sglang_patchset.targets import Package, Target, Wheel
@@ -186,7 +189,14 @@ def _list(tables: Catalog, _: argparse.Namespace) -> int:
         for versions, cell in fix.cells.items():
             if cell.note:
                 print(f"{fix.name} {versions}: {cell.note}")
+    _print_gaps(tables.fixes.values(), tables.releases)
     return 0
+
+
+def _print_gaps(fixes: Iterable[Fix], versions: Iterable[Version]) -> None:
+    for fix, version in product(fixes, versions):
+        if fix.cell(version) is None:
+            print(f"fixes.toml: says nothing of {fix.name} in {version}")
 
 
 def _status(tables: Catalog, options: argparse.Namespace) -> int:
@@ -261,9 +271,7 @@ def _pin(tables: Catalog, options: argparse.Namespace) -> int:
     release = pins.pin(tables, options.release, options.find_links)
     done = "already pinned" if release.version in tables.releases else "pinned"
     print(f"{release.version}: {done}, {len(release.wheels)} wheels for Python {', '.join(release.python)}")
-    for fix in tables.fixes.values():
-        if fix.cell(release.version) is None:
-            print(f"fixes.toml: says nothing of {fix.name} in {release.version}")
+    _print_gaps(tables.fixes.values(), [release.version])
     return 0
 
 
@@ -307,7 +315,8 @@ def _verify(tables: Catalog, options: argparse.Namespace) -> int:
                 for each in verdicts
             ],
         )
-    return 0 if all(verdict.holds for verdict in verdicts) else 1
+        _print_gaps(fixes, [release.version for release in chosen])
+    return 0 if verdicts and all(verdict.holds for verdict in verdicts) else 1
 
 
 def _red_signatures(verdict: verify.Verdict) -> str:
