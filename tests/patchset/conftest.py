@@ -21,7 +21,12 @@ from sglang_patchset.catalog import Catalog
 from sglang_patchset.patches import Series
 
 ROOT = Path(__file__).parents[2]
-RELEASES = ("0.5.11", "0.5.12", "0.5.12.post1")
+_TABLES = catalog.load()
+# Each pinned release; those that have patches.
+RELEASES = tuple(str(version) for version in _TABLES.releases)
+PATCHED = tuple(
+    str(version) for version, release in _TABLES.releases.items() if patches.load(_TABLES, release).patches
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,12 @@ Command = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def tables() -> Catalog:
-    return catalog.load()
+    return _TABLES
 
 
-@pytest.fixture(scope="session", params=RELEASES)
+@pytest.fixture(scope="session", params=PATCHED)
 def series(request: pytest.FixtureRequest, tables: Catalog) -> Series:
-    """Each release's series in turn."""
+    """Each series in turn that is not empty."""
     return patches.load(tables, tables.releases[Version(request.param)])
 
 

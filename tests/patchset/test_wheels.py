@@ -23,7 +23,7 @@ from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.wheels import patch
 
-from .conftest import RELEASES, ROOT, Command
+from .conftest import PATCHED, ROOT, Command
 from .test_install import environment, pip, site, tool
 
 
@@ -44,7 +44,7 @@ def built(wheels: Mapping[str, Path], tables: Catalog, tmp_path_factory: pytest.
     return patch(tables, target, tmp_path_factory.mktemp("built"))
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", PATCHED)
 def test_round_trip(
     release: str, wheels: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
 ) -> None:
