@@ -33,8 +33,10 @@ def blob_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def apply(patch: Path, tree: Path, *, only: Sequence[str], reverse: bool = False) -> bool:
+def apply(patch: Path, tree: Path, *, only: Sequence[str], reverse: bool = False, near: bool = False) -> bool:
     """Apply a patch's changes to these files under `tree` and to no other, without fuzz.
+
+    With `near`, a single line above and below a hunk is enough to find its place.
 
     Returns:
         False where a file is not as the patch expects it; all of them are then left alone.
@@ -46,7 +48,8 @@ def apply(patch: Path, tree: Path, *, only: Sequence[str], reverse: bool = False
         return True
     # -p2: a patch names a file as SGLang's repository does, a/python/sglang/…, and a wheel has sglang/….
     args = ["apply", "-p2", "--whitespace=nowarn", *(f"--include={path}" for path in only)]
-    result = _call(*args, *(["--reverse"] if reverse else []), str(patch), cwd=tree)
+    args += ["--reverse"] * reverse + ["-C1"] * near
+    result = _call(*args, str(patch), cwd=tree)
     if result.returncode and "patch does not apply" not in result.stderr:
         reason = _reason(result.stderr)
         raise PatchsetError(f"{patch}: git cannot read it ({reason}): install sglang-patchset again")

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,12 +24,24 @@ class Hunk:
     """One place that a patch changes: its first line's number before, and its lines before and after.
 
     `scope` begins the class or function that it is in; empty where its own lines do, or there is none.
+    `above` and `below` count the lines around what changes.
     """
 
     line: int
     before: bytes
     after: bytes
     scope: bytes = b""
+    above: int = 0
+    below: int = 0
+
+    def near(self, above: int, below: int) -> Hunk:
+        """The same hunk with at most so many lines above and below what changes."""
+        less, left_out = max(self.above - above, 0), max(self.below - below, 0)
+        before, after = (
+            b"".join(lines[less : len(lines) - left_out])
+            for lines in (re.findall(rb".*\n|.+\Z", side) for side in (self.before, self.after))
+        )
+        return replace(self, before=before, after=after, above=self.above - less, below=self.below - left_out)
 
 
 @dataclass(frozen=True)
@@ -114,10 +126,14 @@ def _hunk(body: bytes) -> Hunk:
         for sign in sides:
             if kind in (b" ", sign):
                 sides[sign].append(line[1:])
-    leading = itertools.takewhile(lambda line: line.startswith(b" "), lines)
-    own = any(re.match(rb" [A-Za-z_$]", line) for line in leading)
+    above, below = (
+        list(itertools.takewhile(lambda line: line.startswith(b" "), each))
+        for each in (lines, [line for line in reversed(lines) if line != b"\n"])
+    )
+    own = any(re.match(rb" [A-Za-z_$]", line) for line in above)
     scope = b"" if own else match["scope"] or b""
-    return Hunk(int(match["line"]), b"".join(sides[b"-"]), b"".join(sides[b"+"]), scope)
+    before, after = (b"".join(sides[sign]) for sign in (b"-", b"+"))
+    return Hunk(int(match["line"]), before, after, scope, len(above), len(below))
 
 
 def _read(path: Path) -> Patch:

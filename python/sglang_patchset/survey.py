@@ -31,7 +31,8 @@ class FileState:
     """One touched file: its bytes, and the fixes that are in it; or why nobody can tell.
 
     `foreign` says that somebody else's changes are in it too; `conflicts` names the fixes whose lines those
-    touch, each with the place.
+    touch, each with the place. `near` names those that are told by a single line on one side, where
+    somebody else's changes come close.
     """
 
     content: bytes = b""
@@ -39,6 +40,7 @@ class FileState:
     problem: str = ""
     foreign: bool = False
     conflicts: Mapping[str, str] = field(default_factory=dict)
+    near: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,12 @@ def _rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, byte
     with _scratch({path: state.content for path, state in states.items()}) as tree:
         for patch in reversed(series.patches):
             paths = [path for path, state in states.items() if patch.fix in state.applied]
-            _must(git.apply(patch.path, tree, only=paths, reverse=True), patch, paths, found)
+            near = any(patch.fix in states[path].near for path in paths)
+            _must(git.apply(patch.path, tree, only=paths, reverse=True, near=near), patch, paths, found)
         for patch in series.patches:
             paths = [path for path in wanted if patch.fix in wanted[path] and path in patch.files]
-            _must(git.apply(patch.path, tree, only=paths), patch, paths, found)
+            near = any(patch.fix in states[path].near for path in paths)
+            _must(git.apply(patch.path, tree, only=paths, near=near), patch, paths, found)
         return {path: (tree / path).read_bytes() for path in wanted}
 
 
@@ -159,16 +163,20 @@ def _among_others(series: Series, path: str, content: bytes) -> FileState:
     or function that it is for, and those of the other side nowhere: whatever git does with it, there is no
     second place.
     """
-    applied, conflicts = set(), {}
+    applied, conflicts, near = set(), {}, set()
     for patch in series.files[path]:
         hunks = patch.hunks(path)
         sides = [_sides(content, hunk) for hunk in hunks]
+        for number, hunk in enumerate(hunks):
+            if sides[number] == (0, 0) and (close := _sides_near(content, hunk)) != (0, 0):
+                sides[number] = close
+                near.add(patch.fix)
         if set(sides) == {(0, 1)}:
             applied.add(patch.fix)
         elif set(sides) != {(1, 0)}:
             line, reason = _conflict([hunk.line for hunk in hunks], sides)
             conflicts[patch.fix] = f"{reason} the hunk at line {line} of {patch.path.name}"
-    return FileState(content, frozenset(applied), foreign=True, conflicts=conflicts)
+    return FileState(content, frozenset(applied), foreign=True, conflicts=conflicts, near=frozenset(near))
 
 
 def _conflict(lines: Sequence[int], sides: Sequence[tuple[int, int]]) -> tuple[int, str]:
@@ -190,6 +198,26 @@ def _sides(content: bytes, hunk: Hunk) -> tuple[int, int]:
         if scopes[-1:] != [hunk.scope]:
             return 0, 0
     return len(before), len(after)
+
+
+def _sides_near(content: bytes, hunk: Hunk) -> tuple[int, int]:
+    """As `_sides`, where somebody else's changes come close on one side, but not to the next line.
+
+    All lines on the other side have to be there, and a single line on both must tell the place by itself:
+    git, which looks for that, then finds no other. The same has to hold when the hunk is changed there.
+    """
+    near = hunk.near(1, 1)
+    sides = _sides(content, near)
+    if sides not in ((1, 0), (0, 1)):
+        return 0, 0
+    old, new = (near.before, near.after) if sides == (1, 0) else (near.after, near.before)
+    (place,) = _places(content, old)
+    changed = content[:place] + new + content[place + len(old) :]
+    whole = (hunk.near(hunk.above, 1), hunk.near(1, hunk.below))
+    for each, told in ((content, sides), (changed, sides[::-1])):
+        if _sides(each, near) != told or told not in [_sides(each, lines) for lines in whole]:
+            return 0, 0
+    return sides
 
 
 def _places(content: bytes, lines: bytes) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -104,6 +105,63 @@ def test_one_fix_of_a_file_stands_in_nobody_s_way(tree: Path, command: Command) 
     assert digest(tree) == before
 
 
+def test_changes_close_to_a_fix(tree: Path, command: Command) -> None:
+    """All but the very next line may be another on one side, as where git merges three ways."""
+    change(tree / HASH_TOPK, "self.routed_scaling_factor = routed_scaling_factor", "self.theirs = 1")
+    before = digest(tree)
+    assert states(command, tree)[HASH] == ("vulnerable", f"other changes too in {HASH_TOPK}")
+    assert command("apply", tree, HASH, DSV4).code == 0
+    assert states(command, tree)[HASH] == ("patched", f"other changes too in {HASH_TOPK}")
+    text = (tree / HASH_TOPK).read_text()
+    assert "self.theirs = 1\n" in text
+    assert "(token_ids.unsqueeze(1) + columns) % num_experts,\n" in text
+    assert command("revert", tree, HASH, DSV4).code == 0
+    assert digest(tree) == before
+    # On both sides, too little is left to know the place by.
+    change(tree / HASH_TOPK, "assert not apply_routed_scaling_factor_on_output", "assert not theirs")
+    change(
+        tree / HASH_TOPK,
+        "            requires_grad=False,\n        )\n\n",
+        "            requires_grad=0,\n)\n",
+    )
+    before = digest(tree)
+    assert states(command, tree)[HASH][0] == "unknown"
+    assert "has other changes in the place of the hunk at line 37" in command("apply", tree, HASH).refusal()
+    assert digest(tree) == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_changes_anywhere(seed: int, tables: Catalog, unpacked: Mapping[str, Path]) -> None:
+    """Whatever lines somebody changed: what a fix is told to be, putting it in or taking it out bears out."""
+    random = Random(seed)
+    series = patches.load(tables, tables.default)
+    base = {path: (unpacked["0.5.12"] / path).read_bytes() for path in series.files}
+    patched = contents(survey.take(series, base.get), add={patch.fix for patch in series.patches})
+    told = 0
+    for path, touching in series.files.items():
+        hunks = [hunk for patch in touching for hunk in patch.hunks(path)]
+        for source in (base[path], patched[path]):
+            lines = source.splitlines(keepends=True)
+            for at in {max(0, random.choice(hunks).line + random.randint(-2, 6)) for _ in range(4)}:
+                kind = random.randrange(3)
+                lines[at : at + (kind > 0)] = [b"# theirs\n"] * (kind < 2)
+            theirs = b"".join(lines)
+            found = survey.take(series, {**base, path: theirs}.get).files[path]
+            for patch in touching:
+                if patch.fix in found.conflicts:
+                    continue
+                told += 1
+                single = survey.Survey(series, {path: found})
+                other = found.applied ^ {patch.fix}
+                changed = survey.rewrite(single, {path: other})[path]
+                after = survey.take(series, {**base, path: changed}.get).files[path]
+                assert after.applied == other
+                back = survey.rewrite(survey.Survey(series, {path: after}), {path: found.applied})[path]
+                assert back == theirs
+                assert changed.count(b"# theirs\n") == theirs.count(b"# theirs\n")
+    assert told > 5
+
+
 def test_two_places_for_one_hunk(tree: Path, tables: Catalog, command: Command) -> None:
     """git would take the nearest; nobody knows whether that is the right one."""
     (hunk,) = patches.load(tables, tables.default).patch(HASH).hunks(HASH_TOPK)
@@ -196,8 +254,10 @@ def test_what_git_does_is_checked(tree: Path, command: Command, monkeypatch: pyt
     before = digest(tree)
     apply = module.apply
 
-    def careless(patch: Path, at: Path, *, only: list[str], reverse: bool = False) -> bool:
-        done = apply(patch, at, only=only, reverse=reverse)
+    def careless(
+        patch: Path, at: Path, *, only: list[str], reverse: bool = False, near: bool = False
+    ) -> bool:
+        done = apply(patch, at, only=only, reverse=reverse, near=near)
         for path in only:
             (at / path).write_bytes((at / path).read_bytes().replace(b"# mine\n", b""))
         return done
@@ -288,7 +348,8 @@ def test_hunks_without_a_last_newline(tmp_path: Path) -> None:
         ("-b\f\rb\n+c\r\n", b"a\nb\f\rb\n", b"a\nc\r\n"),
     ]:
         patch.path.write_bytes((head + body).encode())
-        assert patch.hunks("sglang/a.py") == [patches.Hunk(3, before, after)]
+        (hunk,) = patch.hunks("sglang/a.py")
+        assert (hunk.line, hunk.before, hunk.after) == (3, before, after)
     # A last line without its end is not the beginning of a longer one.
     patch.path.write_text(head + "+c\n b\n\\ No newline at end of file\n")
     series = Series(None, (patches.Patch("x", patch.path, "", {"sglang/a.py": ("0", "1")}),))  # type: ignore[arg-type]
