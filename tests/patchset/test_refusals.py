@@ -19,7 +19,7 @@ HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
 
 def test_an_edited_file_is_named_with_the_fixes_that_need_it(tree: Path, command: Command) -> None:
     change(tree / HASH_TOPK, "self.score_func = scoring_func", "self.score_func = mine")
-    change(tree / HASH_TOPK, "from torch import nn\n", "from torch import mine\n")
+    change(tree / HASH_TOPK, "environ import envs\n", "environ import mine\n")
     before = digest(tree)
     for verb in ("apply", "revert"):
         refusal = command(verb, tree).refusal()
