@@ -16,7 +16,6 @@ import sys
 import tarfile
 import time
 import venv
-import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -162,7 +161,6 @@ def unpack(manifest: dict[str, Any], clone: Path) -> None:
         os.rename(draft / "trees" / name, trees / name)
     shutil.rmtree(draft)
     # The tests import all this some two hundred times, and many of them at once the first time.
-    warnings.simplefilter("ignore", SyntaxWarning)
     for directory in (packages, *(trees / name for name in manifest["trees"])):
         compileall.compile_dir(directory, quiet=2, workers=0)
     shutil.copyfile(clone / LOCK, environment / "made-for.part")

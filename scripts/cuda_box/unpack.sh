@@ -7,4 +7,5 @@ command -v python3 >/dev/null || {
     echo "unpack.sh: no python3: put the box's Python on PATH" >&2
     exit 2
 }
-exec python3 -B "$here/unpack.py" "$@"
+# Python says of some packages' sources that they have odd escape sequences, each time it compiles one.
+exec python3 -B -W ignore::SyntaxWarning "$here/unpack.py" "$@"

@@ -16,7 +16,11 @@ from sglang.srt.utils import kill_process_tree
 
 START_TIMEOUT = 420
 PORTS_EACH = 300  # with DP attention, a server uses some from its port + 233 on
-ERROR_LINE = re.compile(r"^.*?\w*(?:Error|Exception): .*$|^.*CUDA error.*$", re.M)
+ERROR_LINE = re.compile(
+    r"^.*?\w*(?:Error|Exception): .*$|^.*CUDA error.*$"
+    r"|^Fatal Python error: .*$|^Current thread .*\n(?:  File .*\n){1,4}",
+    re.M,
+)
 
 
 class Server:
