@@ -88,7 +88,7 @@ def _outcome(verdict: Verdict | None) -> dict[str, Any]:
 class Seen:
     """What was seen of a fix on one release: on which GPUs, when, and what came out on its two trees.
 
-    `words` is what the published release's red said, `passed` how many tests the patched tree passes.
+    `words` is what the published release's reds said, `passed` how many tests the patched tree passes.
     """
 
     fix: str
@@ -142,10 +142,14 @@ def _cells(run: dict[str, Any], digests: Mapping[str, str]) -> Iterator[Seen]:
                 on=(f"{cell['gpus']} x " if cell["gpus"] > 1 else "") + run["gpu"],
                 date=run["date"],
                 published=published["outcome"],
-                words=" ".join(next(iter(published["signatures"].values()), published["detail"]).split()),
+                words=" ".join(_words(published).split()),
                 patched=patched["outcome"],
                 passed=patched["passed"],
             )
+
+
+def _words(outcome: dict[str, Any]) -> str:
+    return "; ".join(dict.fromkeys(outcome["signatures"].values())) or str(outcome["detail"])
 
 
 def table(catalog: Catalog) -> str:
