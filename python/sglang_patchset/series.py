@@ -8,6 +8,7 @@ from pathlib import Path
 from sglang_patchset import receipt, record, status, survey, transaction
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.record import Change
 from sglang_patchset.status import FixState, Report
 from sglang_patchset.survey import Presence, Survey
 from sglang_patchset.targets import Package
@@ -70,10 +71,8 @@ def _change(catalog: Catalog, package: Package, names: Sequence[str], state: Fix
     return fixes
 
 
-def _changes(
-    package: Package, found: Survey, fixes: frozenset[str], state: FixState
-) -> dict[Path, bytes | None]:
-    """Every file that changes, the receipt and RECORD included, with its new bytes."""
+def _changes(package: Package, found: Survey, fixes: frozenset[str], state: FixState) -> dict[Path, Change]:
+    """Every file that changes, the receipt and RECORD included."""
     present = frozenset(
         patch.fix for patch in found.series.patches if found.presence(patch)[0] is Presence.IN
     )
@@ -85,8 +84,12 @@ def _changes(
             **contents(found, remove=fixes),
             receipt.PATH: receipt.render(found.series, present - fixes),
         }
-    changes = {package.path(path): new for path, new in changed.items()}
+    # What a touched file was is what the new bytes were made of, whatever has happened to it since.
+    before: dict[str, bytes | None] = {path: each.content for path, each in found.files.items()}
+    before[receipt.PATH] = package.read(receipt.PATH)
+    lines = {path: (before[path], new) for path, new in changed.items()}
+    changes = {package.path(path): change for path, change in lines.items()}
     if path := package.record():
-        lines = {path: (package.read(path), new) for path, new in changed.items()}
-        changes[path] = record.update(path.read_bytes(), lines)
+        old = path.read_bytes()
+        changes[path] = (old, record.update(old, lines))
     return changes

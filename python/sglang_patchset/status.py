@@ -48,6 +48,8 @@ class Report:
         return self.survey.series.release if self.survey else None
 
 
+# Another run may replace the files one by one while they are looked at: then they are looked at again.
+_TRIES = 5
 _FROM_TABLE = {
     CellState.UPSTREAM: FixState.FIXED_UPSTREAM,
     CellState.NOT_AFFECTED: FixState.NOT_AFFECTED,
@@ -65,10 +67,22 @@ def examine(catalog: Catalog, target: Target) -> Report:
     Raises:
         PatchsetError: git is needed and missing, or a patch file or a wheel is broken.
     """
+    if not isinstance(target, Package):
+        return _examine(catalog, target)
+    for _ in range(_TRIES):
+        before = transaction.stamp(target.directory)
+        if before is None:
+            reason = "another run is at work or was interrupted: apply or revert again"
+            statuses = [FixStatus(fix, FixState.UNKNOWN, reason) for fix in catalog.fixes.values()]
+            return _report(target, None, statuses)
+        report = _examine(catalog, target)
+        if transaction.stamp(target.directory) == before:
+            break
+    return report
+
+
+def _examine(catalog: Catalog, target: Target) -> Report:
     fixes = catalog.fixes.values()
-    if isinstance(target, Package) and transaction.interrupted(target.directory):
-        reason = "another run is at work or was interrupted: apply or revert again"
-        return _report(target, None, [FixStatus(fix, FixState.UNKNOWN, reason) for fix in fixes])
     with target.reader() as read:
         found = _survey(catalog, target.version, read)
         if found is None:

@@ -21,10 +21,12 @@ from pathlib import Path
 
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.git import blob_id
+from sglang_patchset.record import Change
 
 _COMMITTED = ".patchset-transaction"
 _STAGING = ".patchset-transaction.tmp"
 _JOURNAL = "journal.json"
+_EDITED = "{}: changed while this run was at work: run it again"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def locked(package: Path) -> Iterator[None]:
     """Hold the package against other runs.
 
     Raises:
-        PatchsetError: another run holds it.
+        PatchsetError: another run holds it, or its file system has no locks.
     """
     # The lock is on the directory itself, so that no lock file stays behind.
     handle = os.open(package, os.O_RDONLY | os.O_DIRECTORY)
@@ -54,6 +56,10 @@ def locked(package: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PatchsetError(f"{package}: another run is at work on it: wait for its end") from None
+        except OSError as error:
+            raise PatchsetError(
+                f"{package}: cannot be locked ({error.strerror}): run this where its disk is"
+            ) from None
         yield
     finally:
         os.close(handle)
@@ -62,6 +68,11 @@ def locked(package: Path) -> Iterator[None]:
 def interrupted(package: Path) -> bool:
     """Whether a run was killed after its commit: the package is neither what it was nor what it becomes."""
     return (package / _COMMITTED / _JOURNAL).exists()
+
+
+def stamp(package: Path) -> int | None:
+    """What every transaction changes, so that two equal ones have none between them; None within one."""
+    return None if interrupted(package) else package.stat().st_mtime_ns
 
 
 def complete(package: Path) -> None:
@@ -74,36 +85,53 @@ def complete(package: Path) -> None:
     package = package.resolve()
     directory = package / _COMMITTED
     if (directory / _JOURNAL).exists():
-        entries = _entries(directory)
-        pending = [
-            (number, entry) for number, entry in enumerate(entries) if _id(entry.at(package)) != entry.new
-        ]
-        for number, entry in pending:
-            staged = entry.new is None or (directory / str(number)).exists()
-            if not staged or _id(entry.at(package)) != entry.old:
-                raise PatchsetError(
-                    f"{entry.at(package)}: edited after a run was interrupted: reinstall SGLang, "
-                    f"or check its files out again, and remove {directory}"
-                )
-        for number, entry in pending:
-            try:
-                if entry.old is not None:
-                    _keep(entry.at(package), directory / f"{number}.old")
-                if entry.new is None:
-                    entry.at(package).unlink()
-                else:
-                    os.replace(directory / str(number), entry.at(package))
-            except OSError as error:
-                _undo(package, directory, entries)
-                _remove(directory)
-                raise PatchsetError(
-                    f"{entry.at(package)}: cannot be replaced ({error.strerror}): see whether it is a "
-                    "mount, immutable or another user's, and run this again"
-                ) from None
-        for parent in {entry.at(package).parent for entry in entries}:
-            _sync(parent)
+        _carry_on(package, directory, _entries(directory))
     _remove(directory)
     _remove(package / _STAGING)
+
+
+def _carry_on(package: Path, directory: Path, entries: list[_Entry]) -> None:
+    """Bring every file to its new bytes, or back to its old ones where a run was killed on that way."""
+    pending = [(number, entry) for number, entry in enumerate(entries) if _id(entry.at(package)) != entry.new]
+    for _, entry in pending:
+        if _id(entry.at(package)) != entry.old:
+            raise PatchsetError(
+                f"{entry.at(package)}: edited after a run was interrupted: reinstall SGLang, "
+                f"or check its files out again, and remove {directory}"
+            )
+    if any(_id(directory / str(number)) != entry.new for number, entry in pending):
+        _undo(package, directory, entries)
+        return
+    place = package
+    try:
+        # The journal is on the disk before the first file is replaced.
+        sync(package)
+        for number, entry in pending:
+            place = entry.at(package)
+            _replace(place, directory, number, entry)
+        for place in sorted({entry.at(package).parent for entry in entries}):
+            sync(place)
+    except (OSError, PatchsetError) as error:
+        _undo(package, directory, entries)
+        _remove(directory)
+        if isinstance(error, PatchsetError):
+            raise
+        raise PatchsetError(
+            f"{place}: cannot be replaced ({error.strerror}): see whether it is a mount, immutable or "
+            "another user's, and run this again"
+        ) from None
+
+
+def _replace(path: Path, directory: Path, number: int, entry: _Entry) -> None:
+    if entry.old is not None:
+        kept = directory / f"{number}.old"
+        _keep(path, kept)
+        if _id(kept) != entry.old:
+            raise PatchsetError(_EDITED.format(path))
+    if entry.new is None:
+        path.unlink()
+    else:
+        os.replace(directory / str(number), path)
 
 
 def _entries(directory: Path) -> list[_Entry]:
@@ -120,22 +148,20 @@ def _entries(directory: Path) -> list[_Entry]:
 
 
 def _undo(package: Path, directory: Path, entries: list[_Entry]) -> None:
-    """Put the old files back, the last one first; killed in here, the next run carries on."""
+    """Put the old files back, the last one first; it takes no room on the disk."""
     for number, entry in reversed(list(enumerate(entries))):
-        path, staged = entry.at(package), directory / str(number)
+        path = entry.at(package)
         if entry.old == entry.new or _id(path) != entry.new:
             continue
         try:
             if entry.old is None:
-                os.replace(path, staged)
-                continue
-            if entry.new is not None:
-                _keep(path, staged)
-            os.replace(directory / f"{number}.old", path)
+                path.unlink()
+            else:
+                os.replace(directory / f"{number}.old", path)
         except OSError as error:
             raise PatchsetError(
-                f"{path}: cannot be put back ({error.strerror}): reinstall SGLang, or check its files out "
-                f"again, and remove {directory}"
+                f"{path}: cannot be put back ({error.strerror}): see why, and run this again, or reinstall "
+                f"SGLang and remove {directory}"
             ) from None
 
 
@@ -148,8 +174,9 @@ def _keep(path: Path, kept: Path) -> None:
     try:
         os.link(path, draft, follow_symlinks=False)
     except OSError:
-        shutil.copy2(path, draft, follow_symlinks=False)
+        shutil.copyfile(path, draft, follow_symlinks=False)
         _own(draft, path.lstat())
+        shutil.copystat(path, draft, follow_symlinks=False)
     os.replace(draft, kept)
 
 
@@ -160,34 +187,39 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def commit(package: Path, changes: Mapping[Path, bytes | None]) -> None:
-    """Give every file its new bytes, None for no file; call with the package locked and nothing pending.
+def commit(package: Path, changes: Mapping[Path, Change]) -> None:
+    """Give every file its new bytes; call with the package locked and nothing pending.
 
     Raises:
-        PatchsetError: a directory cannot be written to, or lies on another file system.
+        PatchsetError: a file is not what the change starts from, a directory cannot be written to or lies on
+            another file system, or the disk is full.
     """
     package = package.resolve()
     # The last part stays: a link to a file is replaced, not what it leads to.
-    resolved = {path.parent.resolve() / path.name: new for path, new in changes.items()}
+    resolved = {path.parent.resolve() / path.name: change for path, change in changes.items()}
     _check_directories(package, {path.parent for path in resolved})
     staging = package / _STAGING
     try:
         staging.mkdir()
         entries = []
-        for number, (path, new) in enumerate(resolved.items()):
+        for number, (path, (old, new)) in enumerate(resolved.items()):
             if new is not None:
                 _stage(staging / str(number), new, path)
-            entries.append(
-                _Entry(os.path.relpath(path, package), _id(path), None if new is None else blob_id(new))
-            )
+            entries.append(_Entry(os.path.relpath(path, package), _blob(old), _blob(new)))
+            if _id(path) != _blob(old):
+                raise PatchsetError(_EDITED.format(path))
         journal = json.dumps([asdict(entry) for entry in entries])
         _write(staging / _JOURNAL, journal.encode())
-        _sync(staging)
-    except BaseException:
+        sync(staging)
+        os.rename(staging, package / _COMMITTED)
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise PatchsetError(
+                f"{package}: cannot be written to ({error.strerror}): make room or give leave, "
+                "and run this again"
+            ) from None
         raise
-    os.rename(staging, package / _COMMITTED)
-    _sync(package)
     complete(package)
 
 
@@ -209,18 +241,28 @@ def _stage(staged: Path, new: bytes, path: Path) -> None:
     except FileNotFoundError:
         staged.chmod(0o644)  # whoever can read the package can read what is new in it, whatever the umask
     else:
+        if not _own(staged, stat):
+            raise PatchsetError(
+                f"{path}: its owner and group cannot be kept: run this as its owner, or as root"
+            )
+        # After its owner: a change of that takes the set-id bits away.
         staged.chmod(stat.st_mode & 0o7777)
-        _own(staged, stat)
         # Cached bytecode is matched by its source's size and second of modification: move on by one second
         # at least, so that none of what was compiled before can pass for the new file's.
         modified = max(modified, int(stat.st_mtime) + 1)
     os.utime(staged, (modified, modified))
 
 
-def _own(file: Path, stat: os.stat_result) -> None:
-    if (stat.st_uid, stat.st_gid) != (os.geteuid(), os.getegid()):
-        with contextlib.suppress(PermissionError):
-            os.chown(file, stat.st_uid, stat.st_gid, follow_symlinks=False)
+def _own(file: Path, stat: os.stat_result) -> bool:
+    """Give a file the owner and group of another; False where that would change who can read it."""
+    now = file.lstat()
+    if (stat.st_uid, stat.st_gid) == (now.st_uid, now.st_gid):
+        return True
+    try:
+        os.chown(file, stat.st_uid, stat.st_gid, follow_symlinks=False)
+    except PermissionError:
+        return stat.st_uid == os.geteuid() and stat.st_mode >> 3 & 7 == stat.st_mode & 7
+    return True
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -230,8 +272,9 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Bring a file or a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -243,3 +286,7 @@ def _id(path: Path) -> str | None:
         return blob_id(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def _blob(data: bytes | None) -> str | None:
+    return None if data is None else blob_id(data)

@@ -1,102 +1,37 @@
-"""A run that is killed at any moment, and two runs at once."""
+"""An interrupted run's journal, files that cannot be replaced, and two runs at once."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from sglang_patchset import receipt, series, targets, transaction
-from sglang_patchset.catalog import Catalog
-from sglang_patchset.targets import Package
+from sglang_patchset import cli, receipt, transaction
 
 from .conftest import Command, digest, edit, link
+from .faults import killed_at, stumble
 
 DSV4 = "dsv4-expert-distribution"
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
 
 
-def killed(tables: Catalog, tree: Path, step: int) -> bool:
-    """Apply a fix in a process that is killed before its `step`-th change to the tree.
-
-    Returns:
-        Whether it was killed: False where it has fewer steps.
-    """
-    child = os.fork()
-    if child == 0:
-        steps = 0
-
-        def count(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal steps
-            changes = event.startswith(("os.", "shutil.")) or (
-                event == "open" and arguments[1] in ("wb", "w")
-            )
-            if changes and any(str(tree) in str(argument) for argument in arguments):
-                steps += 1
-                if steps == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        package = targets.find(str(tree))
-        assert isinstance(package, Package)
-        sys.addaudithook(count)
-        series.apply(tables, package, [DSV4])
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def test_killed_at_every_step(
-    unpacked: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
-) -> None:
-    published = unpacked["0.5.12"]
-    before = digest(published)
-    done = link(published, tmp_path / "done")
-    assert command("apply", done, DSV4).code == 0
-    after = digest(done)
-    seen = set()
-    step = 0
-    while True:
-        step += 1
-        tree = link(published, tmp_path / str(step))
-        if not killed(tables, tree, step):
-            break
-        found = {path: value for path, value in digest(tree).items() if "patchset-transaction" not in path}
-        status = command("status", tree)
-        if "interrupted" in status.out:
-            assert status.code == 2
-            seen.add("interrupted")
-        else:
-            assert found in (before, after)
-            seen.add("before" if found == before else "after")
-        # The next run carries it on or starts anew, whichever verb it is.
-        verb, expected = [("apply", after), ("revert", before)][step % 2]
-        assert command(verb, tree, DSV4).code == 0
-        assert digest(tree) == expected
-    assert digest(tree) == after
-    assert seen == {"before", "interrupted", "after"}
-    assert digest(published) == before
-
-
-def interrupted(published: Path, tables: Catalog, tmp_path: Path) -> Path:
+def interrupted(published: Path, tmp_path: Path) -> Path:
     """A tree whose run was killed between two of its files."""
     for step in range(1, 1000):
         tree = link(published, tmp_path / str(step))
-        assert killed(tables, tree, step)
+        assert stumble(lambda tree=tree: cli.main(["apply", str(tree), DSV4]), tree, killed_at(step)) == -9
         if transaction.interrupted(tree / "sglang") and (tree / HASH_TOPK).stat().st_nlink == 1:
             return tree
     raise AssertionError("no such step")
 
 
 def test_an_edit_after_the_interruption_is_refused(
-    unpacked: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
+    unpacked: Mapping[str, Path], command: Command, tmp_path: Path
 ) -> None:
-    tree = interrupted(unpacked["0.5.12"], tables, tmp_path)
+    tree = interrupted(unpacked["0.5.12"], tmp_path)
     edit(tree / HASH_TOPK, "# mine")
     before = digest(tree)
     for verb in ("apply", "revert"):
