@@ -1,21 +1,22 @@
 """A patched wheel from a published one, and the published one back from it.
 
-Members keep their order, times, modes and bytes, except for the files that the fixes touch, the receipt,
-and what names the version: METADATA, `_version.py`, RECORD, the names of the wheel and of its dist-info.
+Members keep their order, times, modes and bytes, compressed as they are, except for the files that the fixes
+touch, the receipt, and what names the version: METADATA, `_version.py`, RECORD, the names of the wheel and of
+its dist-info. Those are not compressed: the same wheel comes out of every Python.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from zipfile import ZipFile, ZipInfo
+from typing import BinaryIO
 
 from packaging.version import Version
 from wheel.wheelfile import WheelFile
 
-from sglang_patchset import receipt, record, releases, series, status
+from sglang_patchset import archive, receipt, record, releases, series, status, transaction
+from sglang_patchset.archive import Member
 from sglang_patchset.catalog import Catalog, published_version
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.status import FixState
@@ -77,21 +78,31 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
 def _rewrite(wheel: Wheel, version: Version, changed: Mapping[str, bytes | None], out: Path) -> Path:
     file = out / _name(wheel, version)
     out.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and renamed: what is killed half way leaves no wheel.
+    # Written under a name that is no wheel's, and renamed: the next run takes over what a killed one leaves.
+    draft = out / f".{file.name}.draft"
     with (
-        tempfile.TemporaryDirectory(dir=out, prefix=".patchset-") as scratch,
+        transaction.locked(out),
         releases.opened(wheel.file) as source,
+        wheel.file.open("rb") as packed,
     ):
-        draft = Path(scratch, file.name)
-        with ZipFile(draft, "w") as target:
-            _copy(source, target, wheel.version, version, changed)
-        os.replace(draft, file)
+        members = _members(source, packed, wheel.version, version, changed)
+        try:
+            archive.write(draft, members)
+            transaction.sync(draft)
+            os.replace(draft, file)
+        except OSError as error:
+            raise PatchsetError(
+                f"{out}: cannot be written to ({error.strerror}): make room there or give leave, "
+                "and run this again"
+            ) from None
+        finally:
+            draft.unlink(missing_ok=True)
     return file
 
 
-def _copy(
-    source: WheelFile, target: ZipFile, old: Version, new: Version, changed: Mapping[str, bytes | None]
-) -> None:
+def _members(
+    source: WheelFile, packed: BinaryIO, old: Version, new: Version, changed: Mapping[str, bytes | None]
+) -> Iterator[Member]:
     old_info, new_info = f"sglang-{old}.dist-info/", f"sglang-{new}.dist-info/"
     metadata = f"{old_info}METADATA"
     changed = {
@@ -104,15 +115,19 @@ def _copy(
     changes = {path: (source.read(path) if path in names else None, data) for path, data in changed.items()}
     lines = record.update(source.read(source.record_path), changes)
     changed[source.record_path] = record.move(lines, old_info, new_info)
-    if receipt.PATH not in names:
-        first = next(place for place, member in enumerate(members) if member.filename.startswith(old_info))
-        members.insert(first, _like(source.getinfo(_VERSION_FILE), receipt.PATH))
+    # A new receipt stands where the package ends.
+    added = None if receipt.PATH in names else changed.pop(receipt.PATH)
     for member in members:
         path = member.filename
-        data = changed[path] if path in changed else source.read(member)
-        if data is not None:
-            name = new_info + path.removeprefix(old_info) if path.startswith(old_info) else path
-            target.writestr(_like(member, name), data)
+        if path.startswith(old_info) and added is not None:
+            yield archive.stored(receipt.PATH, source.getinfo(_VERSION_FILE), added)
+            added = None
+        name = new_info + path.removeprefix(old_info) if path.startswith(old_info) else path
+        if path not in changed:
+            source.read(member)  # for its hash
+            yield archive.copied(name, member, packed)
+        elif (data := changed[path]) is not None:
+            yield archive.stored(name, member, data)
 
 
 def _replace(source: WheelFile, path: str, old: str, new: str) -> bytes:
@@ -130,15 +145,6 @@ def _assignments(version: Version) -> str:
     if version.local is not None:
         parts.append(version.local)
     return f"__version__ = version = '{version}'\n__version_tuple__ = version_tuple = {tuple(parts)}\n"
-
-
-def _like(member: ZipInfo, name: str) -> ZipInfo:
-    """A new member's header with another's time, mode and compression."""
-    copy = ZipInfo(name, member.date_time)
-    copy.compress_type = member.compress_type
-    copy.create_system = member.create_system
-    copy.external_attr = member.external_attr
-    return copy
 
 
 def _name(wheel: Wheel, version: Version) -> str:
