@@ -133,7 +133,8 @@ def _installed() -> Package:
     spec = util.find_spec("sglang")
     if spec is None or spec.origin is None:
         raise PatchsetError("this interpreter has no sglang: name the environment or directory that has it")
-    return _package(Path(spec.origin).resolve().parent, _distributions(None)[:1])
+    # A file may be a link into a package cache, which belongs to other environments too.
+    return _package(Path(spec.origin).parent.resolve(), _distributions(None)[:1])
 
 
 def _wheel(path: Path) -> Wheel:
