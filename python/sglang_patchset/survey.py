@@ -176,6 +176,8 @@ def _among_others(series: Series, path: str, content: bytes) -> FileState:
         elif set(sides) != {(1, 0)}:
             line, reason = _conflict([hunk.line for hunk in hunks], sides)
             conflicts[patch.fix] = f"{reason} the hunk at line {line} of {patch.path.name}"
+            if 0 < content.count(b"\n") == content.count(b"\r\n"):
+                conflicts[patch.fix] = "has other line ends (CRLF) than the release"
     return FileState(content, frozenset(applied), foreign=True, conflicts=conflicts, near=frozenset(near))
 
 

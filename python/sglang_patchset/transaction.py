@@ -227,7 +227,9 @@ def _check_directories(package: Path, directories: set[Path]) -> None:
     device = package.stat().st_dev
     for directory in sorted({package, *directories}):
         if not os.access(directory, os.W_OK | os.X_OK):
-            raise PatchsetError(f"{directory}: no permission to write there: run this as its owner")
+            raise PatchsetError(
+                f"{directory}: no permission to write there, or mounted read-only: run this as its owner"
+            )
         if directory.stat().st_dev != device:
             raise PatchsetError(f"{directory}: not on the file system of {package}: install SGLang on one")
 
