@@ -142,7 +142,7 @@ def test_an_owner_that_cannot_be_kept(
 
 @needs_root
 def test_a_group_that_says_nothing(unpacked: Mapping[str, Path], tmp_path: Path) -> None:
-    """`chown user` alone leaves root's group, in which the user is not; everybody may read the files anyway."""
+    """`chown user` alone leaves root's group, in which the user is not; all may read the files."""
     tree = Path(shutil.copytree(unpacked["0.5.12"], tmp_path / "tree"))
     for path in (tree, *tree.rglob("*")):
         os.chown(path, 1000, 0)
@@ -186,7 +186,8 @@ def mounted(script: str, tree: Path, *arguments: str) -> Result:
 
 MOUNTS = {
     "full": (
-        'cp -a "$tree" "$tree.copy"\nmount -t tmpfs -o size=$(($(du -sk "$tree" | cut -f1) + 64))k tmpfs "$tree"\n'
+        'cp -a "$tree" "$tree.copy"\nsize=$(($(du -sk "$tree" | cut -f1) + 64))\n'
+        'mount -t tmpfs -o size="${size}k" tmpfs "$tree"\n'
         'cp -a "$tree.copy/." "$tree"\nrm -r "$tree.copy"',
         "{tree}/sglang: cannot be written to (No space left on device): make room",
     ),
