@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.schema import Table, must, pattern
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
+# No part is empty, or begins as an option or as what goes up.
+_PATH = re.compile("([A-Za-z0-9_][A-Za-z0-9_.+-]*/)+[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
 class CellState(Enum):
@@ -160,53 +167,118 @@ def published_version(version: Version) -> Version:
     return Version(version.public) if (version.local or "").startswith("patchset.") else version
 
 
+def is_package_file(path: str) -> bool:
+    """Whether a patch may change this file of a wheel; no program reads its path as anything but a name."""
+    return bool(_PATH.fullmatch(path)) and path.startswith("sglang/")
+
+
 def load(root: Path | None = None) -> Catalog:
-    """Read both tables from `root`, by default the patch set that came with this package."""
+    """Read both tables from `root`, by default the patch set that came with this package.
+
+    Raises:
+        PatchsetError: a table is missing, or says what it cannot say.
+    """
     root = root or _patches_dir()
-    default, releases, references = parse_releases((root / "releases.toml").read_text(encoding="utf-8"))
-    fixes = {
-        name: Fix(
-            name=name,
-            upstream_pr=entry["upstream-pr"],
-            title=entry["title"],
-            symptom=entry["symptom"],
-            code=tuple(entry["code"]),
-            cells={
-                versions: Cell(CellState(cell["state"]), cell.get("note", ""))
-                for versions, cell in entry["releases"].items()
-            },
-            suite=_suite(entry),
-            cuda=tuple(_suite(suite) for suite in entry.get("cuda", ())),
-        )
-        for name, entry in tomllib.loads((root / "fixes.toml").read_text(encoding="utf-8")).items()
-    }
+    with _reading(root / "releases.toml") as text:
+        default, releases, references = parse_releases(text)
+    with _reading(root / "fixes.toml") as text:
+        table = Table(tomllib.loads(text))
+        fixes = {name: _fix(name, table) for name in table}
+        for suite in (suite for fix in fixes.values() for suite in fix.cuda):
+            must(all(name in fixes for name in suite.behind), "behind names a fix that is not there")
     return Catalog(root, releases[default], releases, references, fixes)
 
 
 def parse_releases(text: str) -> tuple[Version, dict[Version, Release], dict[Version, Release]]:
-    """The default release, the pinned releases and the references, of the text of `releases.toml`."""
-    table = tomllib.loads(text)
-    releases, references = (_releases(table.get(key, {})) for key in ("releases", "references"))
-    return Version(table["default"]), releases, references
+    """The default release, the pinned releases and the references, of the text of `releases.toml`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    table = Table(tomllib.loads(text))
+    releases, references = (_releases(table.table(key, {})) for key in ("releases", "references"))
+    default = Version(table.text("default"))
+    must(default in releases, "default is not one of the releases")
+    return default, releases, references
 
 
-def _suite(table: Mapping[str, Any]) -> Suite:
-    return Suite(table["test"], table.get("reds", {}), table.get("gpus", 0), tuple(table.get("behind", ())))
+@contextmanager
+def _reading(file: Path) -> Iterator[str]:
+    """A table's text; what is wrong with it is said of the file."""
+    try:
+        yield file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PatchsetError(f"{file}: {error.strerror}: install sglang-patchset again") from None
+    except RecursionError:
+        raise PatchsetError(f"{file}: nested too deeply: mend it, or install sglang-patchset again") from None
+    except ValueError as error:
+        raise PatchsetError(f"{file}: {error}: mend it, or install sglang-patchset again") from None
 
 
-def _releases(table: Mapping[str, Any]) -> dict[Version, Release]:
-    return {
-        Version(version): Release(
-            version=Version(version),
-            date=entry["date"],
-            patchset=entry.get("patchset", 0),
-            python=tuple(entry["python"]),
-            runs_with=entry["runs-with"],
-            wheels=entry["wheels"],
-            tree=entry.get("tree", ""),
+def _fix(name: str, table: Table) -> Fix:
+    must(_NAME.fullmatch(name), f"{name} is no name of a fix")
+    try:
+        entry = table.table(name)
+        must(all(map(is_package_file, entry.texts("code"))), "code names a file outside of sglang/")
+        return Fix(
+            name=name,
+            upstream_pr=entry.number("upstream-pr"),
+            title=entry.text("title"),
+            symptom=entry.text("symptom"),
+            code=entry.texts("code"),
+            cells={
+                versions: Cell(CellState(cell.text("state")), cell.text("note", ""))
+                for versions, cell in entry.by_versions("releases").items()
+            },
+            suite=_suite(entry),
+            cuda=tuple(map(_suite, entry.tables("cuda"))),
         )
-        for version, entry in table.items()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _suite(entry: Table) -> Suite:
+    test = entry.text("test")
+    must(_PATH.fullmatch(test) and test.startswith("tests/regression/"), "test is not in tests/regression/")
+    reds = {
+        versions: {name: pattern(tests.text(name)) for name in tests}
+        for versions, tests in entry.by_versions("reds", {}).items()
     }
+    return Suite(test, reds, entry.number("gpus", 0), entry.texts("behind"))
+
+
+def _releases(table: Table) -> dict[Version, Release]:
+    return {Version(version): _release(Version(version), table.table(version)) for version in table}
+
+
+def _release(version: Version, entry: Table) -> Release:
+    try:
+        date, tree, pythons = entry.text("date"), entry.text("tree", ""), entry.texts("python")
+        must(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", date), "date is no date")
+        must(re.fullmatch("([0-9a-f]{40})?", tree), "tree is no id of git's")
+        must(all(re.fullmatch("3[.][0-9]+", python) for python in pythons), "python names no Python")
+        runs_with = entry.table("runs-with")
+        return Release(
+            version=version,
+            date=date,
+            patchset=entry.number("patchset", 0),
+            python=pythons,
+            runs_with={package: runs_with.text(package) for package in runs_with},
+            wheels=_wheels(version, entry.table("wheels")),
+            tree=tree,
+        )
+    except ValueError as error:
+        raise ValueError(f"{version}: {error}") from None
+
+
+def _wheels(version: Version, table: Table) -> Mapping[str, str]:
+    """The sha256 of each wheel."""
+    for name in table:
+        must("/" not in name, f"{name} is no wheel of {version}")
+        project, found, _, _ = parse_wheel_filename(name)
+        must((project, found) == ("sglang", version), f"{name} is no wheel of {version}")
+        must(re.fullmatch("[0-9a-f]{64}", table.text(name)), f"{name} has no sha256")
+    return {name: table.text(name) for name in table}
 
 
 def _patches_dir() -> Path:

@@ -5,4 +5,10 @@ class PatchsetError(Exception):
     """Says in one line what is wrong, where, and what to do next. Nothing was changed."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        # File names and what others wrote can hold anything; a terminal would obey some of it.
+        line = " ".join(message.split())
+        super().__init__("".join(char if char.isprintable() else _escaped(char) for char in line))
+
+
+def _escaped(char: str) -> str:
+    return char.encode("ascii", "backslashreplace").decode() if ord(char) > 127 else f"\\x{ord(char):02x}"

@@ -10,13 +10,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from sglang_patchset.catalog import Catalog, Release
+from sglang_patchset.catalog import Catalog, Release, is_package_file
 from sglang_patchset.errors import PatchsetError
 
-_NAME = re.compile(r"\d{4}-(?P<fix>.+)\.patch")
-_FILE = re.compile(r"^diff --git a/python/(?P<path>\S+) b/python/(?P=path)$")
-_HUNK = re.compile(rb"@@ -(?P<line>\d+)[^@]*@@(?: (?P<scope>(?:class|def|async def) \w+))?")
-_INDEX = re.compile(r"^index (?P<old>[0-9a-f]{40})\.\.(?P<new>[0-9a-f]{40}) 100(644|755)$")
+_NAME = re.compile(r"[0-9]{4}-(?P<fix>[a-z0-9-]+)\.patch")
+# What stands after `diff --git `: a change of the text of one file that is there before and after.
+_SECTION = re.compile(
+    rb"a/python/(?P<path>[\x21-\x7e]+) b/python/(?P=path)\n"
+    rb"index (?P<old>[0-9a-f]{40})\.\.(?P<new>[0-9a-f]{40}) 100(?:644|755)\n"
+    rb"--- a/python/(?P=path)\n\+\+\+ b/python/(?P=path)\n@@ -"
+)
+_HUNK = re.compile(
+    rb"^@@ -(?P<line>[0-9]+)(?:,[0-9]+)? \+[0-9]+(?:,[0-9]+)? @@(?: (?P<scope>(?:class|def|async def) \w+))?",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,19 @@ def load(catalog: Catalog, release: Release) -> Series:
         PatchsetError: a patch file is missing, or is not one that this package could have come with.
     """
     directory = catalog.root / str(release.version)
-    names = (directory / "series").read_text(encoding="utf-8").split()
-    return Series(release, tuple(_read(directory / name) for name in names))
+    listed = directory / "series"
+    try:
+        names = listed.read_bytes().decode("utf-8").split()
+    except OSError as error:
+        raise PatchsetError(f"{listed}: {error.strerror}: install sglang-patchset again") from None
+    except UnicodeDecodeError as error:
+        raise PatchsetError(f"{listed}: damaged ({error}): install sglang-patchset again") from None
+    if stranger := next((name for name in names if not _NAME.fullmatch(name)), None):
+        raise PatchsetError(f"{listed}: {stranger} is no name of a patch file: install sglang-patchset again")
+    read = tuple(_read(directory / name) for name in names)
+    if len({patch.fix for patch in read}) < len(read):
+        raise PatchsetError(f"{listed}: lists a fix twice: install sglang-patchset again")
+    return Series(release, read)
 
 
 def digest(patches: Iterable[Patch]) -> str:
@@ -142,17 +160,22 @@ def _read(path: Path) -> Patch:
         data = path.read_bytes()
     except OSError as error:
         raise PatchsetError(f"{path}: {error.strerror}: install sglang-patchset again") from None
+    # A section for each file, as git cuts it: Python knows more line ends than git does.
+    _, *sections = re.split(rb"^diff --git ", data, flags=re.MULTILINE)
     files: dict[str, tuple[str, str]] = {}
-    changed = None
-    for line in data.decode("utf-8", "replace").splitlines():
-        if line.startswith("diff --git "):
-            match = _FILE.match(line)
-            changed = match["path"] if match else None
-        elif changed and (match := _INDEX.match(line)):
-            files[changed] = (match["old"], match["new"])
-            changed = None
-    if name is None or not files or changed:
+    for section in sections:
+        match = _SECTION.match(section)
+        hunks = len(re.findall(rb"^@@", section, re.MULTILINE))
+        if (
+            match
+            and is_package_file(changed := match["path"].decode())
+            and hunks == len(_HUNK.findall(section))
+        ):
+            files[changed] = (match["old"].decode(), match["new"].decode())
+    # Where names have no case, two of them may be one file.
+    if name is None or not files or len({file.casefold() for file in files}) < len(sections):
         raise PatchsetError(
-            f"{path}: not a patch of files under python/ with full blob ids: install sglang-patchset again"
+            f"{path}: not a patch of files under python/sglang/ with full blob ids: "
+            "install sglang-patchset again"
         )
     return Patch(name["fix"], path, hashlib.sha256(data).hexdigest(), files)

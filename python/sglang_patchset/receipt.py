@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from sglang_patchset import __version__
 from sglang_patchset.patches import Series
 
 PATH = "sglang/_patchset.json"
+_TOOL = re.compile(r"sglang-patchset [0-9a-z.+]+")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ def parse(data: bytes | None) -> Receipt | None:
     """
     try:
         entry = json.loads(data or b"")
+        if not _TOOL.fullmatch(entry["tool"]):
+            return None
         return Receipt(entry["tool"], {name: fix["sha256"] for name, fix in entry["fixes"].items()})
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

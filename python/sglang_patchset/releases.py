@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
+import stat
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from zipfile import BadZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from packaging.tags import Tag
 from packaging.version import InvalidVersion, Version
@@ -23,6 +24,9 @@ from sglang_patchset.errors import PatchsetError
 # What zipfile and wheel raise over a bad archive: an encrypted member and an unknown compression are a
 # RuntimeError, a malformed RECORD is a ValueError, a missing member a KeyError.
 _DAMAGES = (BadZipFile, WheelError, zlib.error, csv.Error, EOFError, RuntimeError, ValueError, KeyError)
+
+# What a wheel may unpack to; SGLang's are below 50 MB.
+_LARGEST = 512 << 20
 
 _UNREACHED = re.compile(r"Could not fetch URL (\S+): (.+?)(?: for url: \S+)? - skipping")
 
@@ -71,20 +75,43 @@ def opened(wheel: Path) -> Iterator[WheelFile]:
     """Open a wheel whose every member is checked against RECORD as it is read.
 
     Raises:
-        PatchsetError: it is damaged, or has a member outside of what SGLang's wheels consist of.
+        PatchsetError: it is damaged, larger than any of SGLang's, or has a member that theirs cannot have.
     """
     try:
-        with WheelFile(wheel) as archive:
-            allowed = {"sglang", "tools", archive.dist_info_path}
-            for name in archive.namelist():
-                parts = PurePosixPath(name).parts
-                if not parts or parts[0] not in allowed or ".." in parts or "\\" in name:
-                    raise PatchsetError(
-                        f"{wheel}: has the member {name}, which is not SGLang's: download it again"
-                    )
-            yield archive
+        # Before WheelFile, which reads RECORD at once, however large.
+        with ZipFile(wheel) as archive:
+            _check_members(wheel, archive.infolist())
+        with WheelFile(wheel) as opened:
+            yield opened
     except _DAMAGES as error:
         raise PatchsetError(f"{wheel}: damaged ({error}): download or build it again") from None
+
+
+def _check_members(wheel: Path, members: Sequence[ZipInfo]) -> None:
+    """See that a wheel consists of what SGLang's do, by the archive's directory alone."""
+    info = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+    seen = set()
+    for member in members:
+        name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
+        parts = PurePosixPath(name).parts
+        if (
+            not parts
+            or parts[0] not in {"sglang", "tools", info}
+            or ".." in parts
+            or not name.isprintable()
+            or "\\" in name
+            or kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+        ):
+            raise PatchsetError(f"{wheel}: has the member {name}, which is not SGLang's: download it again")
+        # Where names have no case, two of them may be one file.
+        if name.casefold() in seen:
+            raise PatchsetError(f"{wheel}: has the member {name} twice: download it again")
+        seen.add(name.casefold())
+        if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+            raise BadZipFile(f"{name} is compressed as no wheel is")
+    # zipfile reads no more of a member than is declared.
+    if sum(member.file_size for member in members) > _LARGEST:
+        raise PatchsetError(f"{wheel}: has more than {_LARGEST >> 20} MB in it: download it again")
 
 
 def _check_sha256(wheel: Path, release: Release) -> None:
@@ -133,7 +160,7 @@ def pip(verb: str, *options: str, find_links: Path | None) -> subprocess.Complet
     command = [sys.executable, "-m", "pip", *verb.split(), "-vv", "--no-input", "--only-binary=:all:"]
     command += ["--no-deps"] * (verb == "download")
     if find_links:
-        command += ["--no-index", "--find-links", str(find_links)]
+        command += ["--no-index", f"--find-links={find_links}"]
     return subprocess.run(
         [*command, *options],
         stdin=subprocess.DEVNULL,

@@ -178,7 +178,7 @@ def _editable_root(distribution: metadata.Distribution) -> Path | None:
     """Where an editable install's packages lie (PEP 610)."""
     try:
         url = urlsplit(json.loads(distribution.read_text("direct_url.json") or "")["url"])
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return Path(unquote(url.path)) if url.scheme == "file" else None
 

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -137,14 +138,26 @@ def _replace(path: Path, directory: Path, number: int, entry: _Entry) -> None:
 def _entries(directory: Path) -> list[_Entry]:
     try:
         entries = [_Entry(**entry) for entry in json.loads((directory / _JOURNAL).read_bytes())]
-        if all(isinstance(entry.path, str) for entry in entries):
+        if all(_may_change(entry.path) for entry in entries):
             return entries
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     raise PatchsetError(
         f"{directory / _JOURNAL}: damaged: reinstall SGLang, or check its files out again, "
         f"and remove {directory}"
     )
+
+
+def _may_change(path: object) -> bool:
+    """Whether a transaction can have been about this file: the package's own, or a RECORD that lists it.
+
+    Whoever may write into a package may not have its next run, by root perhaps, replace any other file.
+    """
+    if not isinstance(path, str) or path.startswith("/") or "\0" in path or os.path.normpath(path) != path:
+        return False
+    if path.startswith(".."):
+        return bool(re.search(r"/sglang-[^/]+\.dist-info/RECORD$", path))
+    return path != "."
 
 
 def _undo(package: Path, directory: Path, entries: list[_Entry]) -> None:

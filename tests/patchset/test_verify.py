@@ -52,7 +52,9 @@ def bug(tables: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cat
     test.write_text(TESTS)
     (series / "series").write_text("0001-bug.patch\n")
     (series / "0001-bug.patch").write_text(
-        f"diff --git a/python/sglang.py b/python/sglang.py\nindex {'0' * 40}..{'1' * 40} 100644\n"
+        "diff --git a/python/sglang/bug.py b/python/sglang/bug.py\n"
+        f"index {'0' * 40}..{'1' * 40} 100644\n"
+        "--- a/python/sglang/bug.py\n+++ b/python/sglang/bug.py\n@@ -1 +1 @@\n-99\n+5\n"
     )
     fix = Fix(
         name="bug",
