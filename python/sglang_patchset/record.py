@@ -52,11 +52,13 @@ def lists(record: bytes, path: str) -> bool:
 
 
 def intact(record: bytes, read: Callable[[str], bytes | None]) -> bool:
-    """Whether `read` gives every file that has a hash in RECORD the bytes that it lists."""
-    rows = csv.reader(record.decode("utf-8").splitlines())
-    for path, digest, size in (row for row in rows if row and row[1]):
-        data = read(path)
-        if data is None or _entry(data) != f"{digest},{size}":
+    """Whether `read` gives every file that has a hash in RECORD the listed bytes; never for a broken one."""
+    try:
+        rows = list(csv.reader(record.decode("utf-8").splitlines()))
+    except (UnicodeDecodeError, csv.Error):
+        return False
+    for path, *entry in filter(None, rows):
+        if entry != ["", ""] and ((data := read(path)) is None or _entry(data) != ",".join(entry)):
             return False
     return True
 

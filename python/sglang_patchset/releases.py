@@ -107,6 +107,9 @@ def _check_members(wheel: Path, members: Sequence[ZipInfo]) -> None:
         if name.casefold() in seen:
             raise PatchsetError(f"{wheel}: has the member {name} twice: download it again")
         seen.add(name.casefold())
+        # zipfile takes what lies before the archive for a part of something else.
+        if member.header_offset < 0:
+            raise BadZipFile(f"{name} lies outside of it")
         if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
             raise BadZipFile(f"{name} is compressed as no wheel is")
     # zipfile reads no more of a member than is declared.
