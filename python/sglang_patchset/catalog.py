@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -102,8 +102,9 @@ class Release:
     """A pinned SGLang release.
 
     `patchset` is the number of the release's patch set, raised with every change to its series. `wheels`
-    maps the published wheels' file names to their sha256, and `runs_with` the packages that the release
-    pins to their versions. `tree` is git's id of the files, as `checkout` commits them.
+    maps the published wheels' file names to their sha256, `patched` those that are made of them, and
+    `runs_with` the packages that the release pins to their versions. `tree` is git's id of the files, as
+    `checkout` commits them.
     """
 
     version: Version
@@ -113,6 +114,7 @@ class Release:
     runs_with: Mapping[str, str]
     wheels: Mapping[str, str]
     tree: str
+    patched: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def patched_version(self) -> Version:
@@ -266,6 +268,7 @@ def _release(version: Version, entry: Table) -> Release:
             runs_with={package: runs_with.text(package) for package in runs_with},
             wheels=_wheels(version, entry.table("wheels")),
             tree=tree,
+            patched=_wheels(version, entry.table("patched", {})),
         )
     except ValueError as error:
         raise ValueError(f"{version}: {error}") from None
@@ -276,7 +279,7 @@ def _wheels(version: Version, table: Table) -> Mapping[str, str]:
     for name in table:
         must("/" not in name, f"{name} is no wheel of {version}")
         project, found, _, _ = parse_wheel_filename(name)
-        must((project, found) == ("sglang", version), f"{name} is no wheel of {version}")
+        must((project, published_version(found)) == ("sglang", version), f"{name} is no wheel of {version}")
         must(re.fullmatch("[0-9a-f]{64}", table.text(name)), f"{name} has no sha256")
     return {name: table.text(name) for name in table}
 

@@ -50,6 +50,13 @@ _COLOURS = {
 _OUTCOME_COLOURS = {Outcome.RED: "red", Outcome.GREEN: "green", Outcome.NOT_RUN: "yellow"}
 
 
+_WHEELS = {
+    "published": "the published wheel, by its sha256",
+    "patched": "the patched wheel that releases.toml lists, by its sha256",
+    "unlisted": "its sha256 is neither a published wheel's nor a patched one's",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise PatchsetError(f"{message}: see `{self.prog} --help`")
@@ -344,6 +351,7 @@ def _as_json(report: Report) -> dict[str, object]:
         "target": str(report.target),
         "version": str(report.target.version) if report.target.version else None,
         "release": str(report.release.version) if report.release else None,
+        "wheel": report.wheel,
         "fixes": [
             {
                 "name": each.fix.name,
@@ -373,6 +381,8 @@ def _print_wheel(tables: Catalog, wheel: Path) -> int:
 
 def _print_report(report: Report) -> None:
     print(f"SGLang {report.target.version or '(no version)'} in {report.target}")
+    if report.wheel:
+        print(_WHEELS[report.wheel])
     _print_table(
         ("fix", "upstream", "state", ""),
         [

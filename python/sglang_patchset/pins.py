@@ -15,9 +15,10 @@ from packaging.requirements import Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
-from sglang_patchset import releases, upstream
+from sglang_patchset import releases, upstream, wheels
 from sglang_patchset.catalog import Catalog, Release, parse_releases
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.targets import Wheel
 
 # What decides whether a release's patch can matter, or its tests can run.
 _RUNS_WITH = ("torch", "transformers", "torchao", "sglang-kernel", "flashinfer-python")
@@ -51,10 +52,51 @@ def pin(catalog: Catalog, name: str, find_links: Path | None = None) -> Release:
     series = catalog.root / str(version) / "series"
     series.parent.mkdir(exist_ok=True)
     series.touch()
+    _replace(table, text)
+    return release
+
+
+def list_patched(catalog: Catalog, find_links: Path | None = None) -> None:
+    """Write into `releases.toml` what each patched wheel's sha256 is, by making all of them.
+
+    Raises:
+        PatchsetError: a published wheel cannot be got.
+    """
+    catalog.clone()
+    table = catalog.root / "releases.toml"
+    text = table.read_text(encoding="utf-8")
+    for release in catalog.releases.values():
+        patched = {}
+        for name in release.wheels if release.patchset else ():
+            *_, tags = parse_wheel_filename(name)
+            with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+                wheel = releases.fetch(release, Path(scratch), find_links, min(tags, key=str))
+                made = wheels.patch(catalog, Wheel(wheel, release.version), Path(scratch, "out"))
+                patched[made.name] = releases.sha256(made)
+        text = _with_patched(text, replace(release, patched=patched))
+    _replace(table, text)
+
+
+def _with_patched(text: str, release: Release) -> str:
+    """The table with the release's patched wheels after its published ones."""
+    header = re.escape(f'[releases."{release.version}".')
+    text = re.sub(rf'\n{header}patched\]\n(".*\n)*', "", text)
+    if not release.patched:
+        return text
+    lines = "".join(f'"{wheel}" = "{digest}"\n' for wheel, digest in release.patched.items())
+    entry = f'\n[releases."{release.version}".patched]\n{lines}'
+    text = re.sub(rf'({header}wheels\]\n(?:".*\n)+)', lambda match: match[1] + entry, text)
+    if parse_releases(text)[1][release.version] != release:
+        raise PatchsetError(
+            "releases.toml: not in the form that patched wheels can be added to: write it again"
+        )
+    return text
+
+
+def _replace(table: Path, text: str) -> None:
     draft = table.with_name(".releases.toml.tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, table)
-    return release
 
 
 def _look(version: Version, scratch: Path, find_links: Path | None) -> Release:

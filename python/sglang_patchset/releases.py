@@ -70,6 +70,21 @@ def check(catalog: Catalog, wheel: Path) -> Release:
     raise PatchsetError(f"{wheel}: not the wheel of a pinned release ({catalog.pinned()}): get one of those")
 
 
+def listed(catalog: Catalog, wheel: Path) -> str:
+    """Whether `releases.toml` lists a wheel file, by its name and sha256, as "published" or as "patched"."""
+    found = sha256(wheel)
+    for release in catalog.releases.values():
+        for kind, wheels in (("published", release.wheels), ("patched", release.patched)):
+            if wheels.get(wheel.name) == found:
+                return kind
+    return "unlisted"
+
+
+def sha256(file: Path) -> str:
+    """A file's sha256, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 @contextmanager
 def opened(wheel: Path) -> Iterator[WheelFile]:
     """Open a wheel whose every member is checked against RECORD as it is read.
@@ -119,7 +134,7 @@ def _check_members(wheel: Path, members: Sequence[ZipInfo]) -> None:
 
 def _check_sha256(wheel: Path, release: Release) -> None:
     expected = release.wheels.get(wheel.name)
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    found = sha256(wheel)
     if found != expected:
         raise PatchsetError(
             f"{wheel}: its sha256 is {found}, the published wheel's is {expected}: download it again"
@@ -139,7 +154,7 @@ def _download(release: Release, scratch: Path, find_links: Path | None, tag: Tag
     requirement = f"sglang=={release.version}"
     requirements = scratch / "requirements.txt"
     # With the hashes in its hands, pip refuses anything but the published wheels before it opens them.
-    hashes = [f"--hash=sha256:{sha256}" for sha256 in release.wheels.values()]
+    hashes = [f"--hash=sha256:{digest}" for digest in release.wheels.values()]
     requirements.write_text(" ".join([requirement, *hashes]) + "\n", encoding="utf-8")
     options = [f"--dest={scratch}", f"--requirement={requirements}"]
     if tag:

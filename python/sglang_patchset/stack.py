@@ -330,7 +330,8 @@ def _reminders(catalog: Catalog, stack: Stack, changes: Sequence[tuple[str, str,
     if any(change is not Change.UNCHANGED for _, _, change in changes):
         yield (
             f"releases.toml: the series is another one: patch set {release.patchset} of {release.version} "
-            f"becomes {release.patchset + 1} where it has been published"
+            f"becomes {release.patchset + 1} where it has been published, and scripts/list_patched.py lists "
+            "its wheels"
         )
     carried = {mail.fix for mail in stack.mails}
     for fix in catalog.fixes.values():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from packaging.version import Version
 
-from sglang_patchset import git, patches, receipt, survey, transaction
+from sglang_patchset import git, patches, receipt, releases, survey, transaction
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release, published_version
 from sglang_patchset.receipt import Receipt
 from sglang_patchset.survey import Presence, Survey
@@ -36,11 +36,15 @@ class FixStatus:
 
 @dataclass(frozen=True)
 class Report:
-    """Every fix's state in a target, by the fix's name; `survey` is there where it is a pinned release."""
+    """Every fix's state in a target, by the fix's name; `survey` is there where it is a pinned release.
+
+    `wheel` says of a wheel file how `releases.toml` lists it: published, patched, or unlisted.
+    """
 
     target: Target
     survey: Survey | None
     fixes: Mapping[str, FixStatus]
+    wheel: str | None = None
 
     @property
     def release(self) -> Release | None:
@@ -68,7 +72,8 @@ def examine(catalog: Catalog, target: Target) -> Report:
         PatchsetError: git is needed and missing, or a patch file or a wheel is broken.
     """
     if not isinstance(target, Package):
-        return _examine(catalog, target)
+        wheel = releases.listed(catalog, target.file)
+        return replace(_examine(catalog, target), wheel=wheel)
     for _ in range(_TRIES):
         before = transaction.stamp(target.directory)
         if before is None:

@@ -280,7 +280,7 @@ def test_a_wrong_version_does_not_hide_a_pinned_release(tree: Path, command: Com
 
 def test_json_has_these_keys(tree: Path, command: Command, tables: Catalog) -> None:
     report = json.loads(command("status", tree, "--json").out)
-    assert list(report) == ["target", "version", "release", "fixes"]
+    assert list(report) == ["target", "version", "release", "wheel", "fixes"]
     assert [fix["name"] for fix in report["fixes"]] == list(tables.fixes)
     for fix in report["fixes"]:
         assert list(fix) == ["name", "upstream_pr", "state", "detail"]

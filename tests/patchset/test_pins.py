@@ -64,16 +64,13 @@ def test_what_was_pinned_by_hand(
     assert after.references == tables.references
     found = after.releases[version]
     assert found.wheels[name] == expected.wheels[name]
-    assert (
-        replace(
-            found,
-            date=expected.date,
-            patchset=expected.patchset,
-            python=expected.python,
-            wheels=expected.wheels,
-        )
-        == expected
-    )
+    assert replace(
+        found,
+        date=expected.date,
+        patchset=expected.patchset,
+        python=expected.python,
+        wheels=expected.wheels,
+    ) == replace(expected, patched={})
     if release != "0.5.11":  # which came two days after its date
         assert found.date == expected.date
     assert [path.name for path in (project / "patches" / release).iterdir()] == ["series"]

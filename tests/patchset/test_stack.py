@@ -54,7 +54,8 @@ def commit(repository: Path, path: str, text: str) -> None:
 def add_to_catalogue(project: Path, fix: str) -> None:
     with (project / "patches" / "fixes.toml").open("a") as file:
         file.write(
-            f'[{fix}]\nupstream-pr = 1\ntitle = ""\nsymptom = ""\ncode = []\ntest = ""\n'
+            f'[{fix}]\nupstream-pr = 1\ntitle = ""\nsymptom = ""\ncode = []\n'
+            'test = "tests/regression/mine.py"\n'
             f"[{fix}.releases]\n"
             '"==0.5.12" = { state = "patch" }\n"==0.5.12.post1" = { state = "not-affected" }\n'
             '"==0.5.11" = { state = "not-affected" }\n'

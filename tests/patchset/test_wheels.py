@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import email
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,12 +97,94 @@ def test_apply_writes_beside_and_revert_keeps_what_lies_there(
     assert sorted(tmp_path.iterdir()) == sorted([published, patched])
 
 
-def test_same_bytes_every_time(wheels: Mapping[str, Path], built: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sglang_patchset", "wheel", str(wheels["0.5.12"]), "out"]
-    env = {"PATH": os.environ["PATH"], "TZ": "Asia/Tokyo", "PYTHONPATH": str(ROOT / "python")}
-    subprocess.run(command, check=True, capture_output=True, env=env, umask=0o077, cwd=tmp_path)
-    (again,) = (tmp_path / "out").iterdir()
+@pytest.mark.parametrize(
+    ("zone", "epoch", "umask", "directory"),
+    [("Asia/Tokyo", "0", 0o077, "one"), ("America/St_Johns", "2000000000", 0o000, "two/with a blank")],
+)
+def test_same_bytes_every_time(
+    zone: str, epoch: str, umask: int, directory: str, wheels: Mapping[str, Path], built: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copy(wheels["0.5.12"], tmp_path))
+    os.utime(source, (int(epoch), int(epoch)))
+    (tmp_path / directory).mkdir(parents=True)
+    command = [sys.executable, "-m", "sglang_patchset", "wheel", str(source), "out"]
+    env = {"PATH": os.environ["PATH"], "TZ": zone, "SOURCE_DATE_EPOCH": epoch, "PYTHONHASHSEED": epoch[:9]}
+    env["PYTHONPATH"] = str(ROOT / "python")
+    cwd = tmp_path / directory
+    subprocess.run(command, check=True, capture_output=True, env=env, umask=umask, cwd=cwd)
+    (again,) = (cwd / "out").iterdir()
     assert (again.name, again.read_bytes()) == (built.name, built.read_bytes())
+
+
+def test_same_bytes_by_every_python(wheels: Mapping[str, Path], built: Path, tmp_path: Path) -> None:
+    """And by every zlib that those are linked to."""
+    libraries = next(path for path in sys.path if path.endswith("site-packages"))
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT / 'python'}:{libraries}"}
+    others = [shutil.which(f"python3.{minor}") for minor in range(10, 16)]
+    others += sorted(map(str, Path.home().glob(".pyenv/versions/3.1*/bin/python")))
+    tried = 0
+    for python in filter(None, others):
+        needs = [
+            python,
+            "-c",
+            "import packaging, wheel, rich; import sys; sys.version_info < (3, 11) and __import__('tomli')",
+        ]
+        if subprocess.run(needs, capture_output=True, env=env, check=False).returncode:
+            continue
+        out = tmp_path / str(tried)
+        command = [python, "-m", "sglang_patchset", "wheel", wheels["0.5.12"], out]
+        subprocess.run(command, check=True, capture_output=True, env=env)
+        assert [path.read_bytes() for path in out.iterdir()] == [built.read_bytes()]
+        tried += 1
+    if not tried:
+        pytest.skip("no other Python from 3.10 on")
+
+
+def test_releases_toml_lists_the_patched_wheels(
+    wheels: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
+) -> None:
+    """Those of this interpreter are made; scripts/list_patched.py makes them all."""
+    for release in tables.releases.values():
+        names = [
+            name.replace(f"-{release.version}-", f"-{release.patched_version}-") for name in release.wheels
+        ]
+        assert list(release.patched) == names
+        published = wheels[str(release.version)]
+        assert command("wheel", published, tmp_path).code == 0
+        made = tmp_path / names[list(release.wheels).index(published.name)]
+        assert releases.sha256(made) == release.patched[made.name]
+        for wheel, state, words in (
+            (published, "published", "the published wheel, by its sha256"),
+            (made, "patched", "the patched wheel that releases.toml lists, by its sha256"),
+        ):
+            assert json.loads(command("status", wheel, "--json").out)["wheel"] == state
+            assert words in command("status", wheel).out
+    with zipfile.ZipFile(made, "a") as archive:
+        archive.comment = b"x"
+    result = command("status", made)
+    assert result.code == 0
+    assert "its sha256 is neither a published wheel's nor a patched one's" in result.out
+
+
+def test_patched_wheels_are_listed_by_a_script(wheels: Mapping[str, Path], project: Path) -> None:
+    table = project / "patches" / "releases.toml"
+    text = table.read_text()
+    shutil.copytree(ROOT / "scripts", project / "scripts")
+    ours = [path.name.partition("-")[2].partition("-")[2] for path in wheels.values()]
+    lines = [
+        line for line in text.splitlines(keepends=True) if not line.startswith('"sglang-') or ours[0] in line
+    ]
+    shelf = project / "shelf"
+    shelf.mkdir()
+    for wheel in wheels.values():
+        shutil.copy(wheel, shelf)
+    expected = "".join(lines)
+    for before in (expected, re.sub(r'\n\[.*patched\]\n(".*\n)*', "", expected)):
+        table.write_text(before)
+        env = {**os.environ, "PYTHONPATH": str(project / "python")}
+        script = [sys.executable, str(project / "scripts" / "list_patched.py"), str(shelf)]
+        subprocess.run(script, check=True, capture_output=True, env=env)
+        assert table.read_text() == expected
 
 
 def test_pip_takes_the_patched_wheel_over_the_published_one(
