@@ -23,7 +23,8 @@ if engine == "atheris":
 else:
     from tests.patchset import mutation
 
-target = mutation.trees().__enter__() if name == "trees" else mutation.PARSERS[name]
+trees = mutation.trees()
+target = trees.__enter__() if name == "trees" else mutation.PARSERS[name]
 
 if engine == "atheris":
     atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=400", "-verbosity=1"], target)
