@@ -33,11 +33,13 @@ for ((i = 0; i < $#; i++)); do
     esac
 done
 
-# The environment is made again when the interpreter or the dependencies change.
-wanted=$("$python" -c 'import sys; print(sys.version, sys.prefix)' && cat "$root/pyproject.toml")
+# The environment is made again when the interpreter or the dependencies change. Nothing is built for it: the
+# tool runs from this clone.
+wanted=$("$python" -c 'import sys; print(sys.version, sys.prefix)' && cat "$root/scripts/requirements.txt")
 if [[ "$(cat "$tool/made-for" 2>/dev/null)" != "$wanted" ]]; then
     "$python" -m venv --clear "$tool"
-    install=("$tool/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root")
+    install=("$tool/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all:
+        --require-hashes --requirement "$root/scripts/requirements.txt")
     # DIR may hold nothing but SGLang: then the tool's own dependencies come from the index.
     if ((${#links[@]} == 0)) || ! "${install[@]}" "${links[@]}" 2>/dev/null; then
         "${install[@]}"
@@ -45,4 +47,4 @@ if [[ "$(cat "$tool/made-for" 2>/dev/null)" != "$wanted" ]]; then
     printf '%s\n' "$wanted" >"$tool/made-for"
 fi
 
-exec "$tool/bin/sglang-patchset" wheel "$@"
+PYTHONPATH=$root/python exec "$tool/bin/python" -m sglang_patchset wheel "$@"
