@@ -7,6 +7,7 @@ ENGINE is `hypothesis` or `atheris` (pip install atheris, for the Pythons that i
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from pathlib import Path
@@ -23,8 +24,12 @@ if engine == "atheris":
 else:
     from tests.patchset import mutation
 
-trees = mutation.trees()
-target = trees.__enter__() if name == "trees" else mutation.PARSERS[name]
+if name == "trees":
+    trees = mutation.trees()
+    target = trees.__enter__()
+    atexit.register(trees.__exit__, None, None, None)
+else:
+    target = mutation.PARSERS[name]
 
 if engine == "atheris":
     atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=400", "-verbosity=1"], target)

@@ -8,6 +8,7 @@ its dist-info. Those are not compressed: the same wheel comes out of every Pytho
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -66,37 +67,42 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
             f"{wheel}: has other changes in {', '.join(foreign)}, which was not published so: "
             "install it and revert the fixes there"
         )
-    published = wheel.file.with_name(_name(wheel, found.series.release.version))
-    if published.exists():
-        # Where it lies there as published already, it stays the very file.
-        releases.check(catalog, published)
+    version = found.series.release.version
+    published = wheel.file.with_name(_name(wheel, version))
+    # Where it lies there as published already, it stays the very file.
+    if published.exists() and releases.listed(catalog, published) == "published":
         return published
     changed: dict[str, bytes | None] = {**series.contents(found, remove=frozenset(fixes)), receipt.PATH: None}
-    return _rewrite(wheel, found.series.release.version, changed, wheel.file.parent)
+    if not published.exists():
+        return _rewrite(wheel, version, changed, wheel.file.parent)
+    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
+        if releases.sha256(_rewrite(wheel, version, changed, Path(scratch))) != releases.sha256(published):
+            raise PatchsetError(f"{published}: neither the published wheel nor made by this: move it away")
+    return published
 
 
 def _rewrite(wheel: Wheel, version: Version, changed: Mapping[str, bytes | None], out: Path) -> Path:
     file = out / _name(wheel, version)
-    out.mkdir(parents=True, exist_ok=True)
     # Written under a name that is no wheel's, and renamed: the next run takes over what a killed one leaves.
     draft = out / f".{file.name}.draft"
-    with (
-        transaction.locked(out),
-        releases.opened(wheel.file) as source,
-        wheel.file.open("rb") as packed,
-    ):
-        members = _members(source, packed, wheel.version, version, changed)
-        try:
-            archive.write(draft, members)
-            transaction.sync(draft)
-            os.replace(draft, file)
-        except OSError as error:
-            raise PatchsetError(
-                f"{out}: cannot be written to ({error.strerror}): make room there or give leave, "
-                "and run this again"
-            ) from None
-        finally:
-            draft.unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (
+            transaction.locked(out),
+            releases.opened(wheel.file) as source,
+            wheel.file.open("rb") as packed,
+        ):
+            try:
+                archive.write(draft, _members(source, packed, wheel.version, version, changed))
+                transaction.sync(draft)
+                os.replace(draft, file)
+            finally:
+                draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise PatchsetError(
+            f"{out}: cannot be written to ({error.strerror}): make room there or give leave, "
+            "and run this again"
+        ) from None
     return file
 
 

@@ -85,6 +85,13 @@ def test_a_hundred_looks_at_a_tree_that_changes(
     assert digest(tree) == before
 
 
+def test_two_wheels_at_once(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:
+    with transaction.locked(tmp_path):
+        refusal = command("wheel", wheels["0.5.12"], tmp_path).refusal()
+    assert f"{tmp_path}: another run is at work on it: wait for its end" in refusal
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_look_between_two_files(tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file is looked at again where a whole run came between."""
     from sglang_patchset.targets import Package

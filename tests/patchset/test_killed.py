@@ -15,6 +15,7 @@ import pytest
 
 from sglang_patchset import cli, targets, wheels
 from sglang_patchset.catalog import Catalog
+from sglang_patchset.errors import PatchsetError
 
 from .conftest import Command, digest, edit, link
 from .faults import Fault, disk_full_from, killed_at, refused_at, stumble
@@ -156,6 +157,29 @@ def small(unpacked: Mapping[str, Path], tables: Catalog, tmp_path: Path) -> tupl
     return replace(tables, releases={**tables.releases, release.version: release}), targets.Wheel(
         file, release.version
     )
+
+
+@pytest.mark.parametrize("fault", [disk_full_from, refused_at])
+def test_wheel_failing_at_every_operation(
+    fault: Callable[[int], Fault], small: tuple[Catalog, targets.Wheel], tmp_path: Path
+) -> None:
+    tables, wheel = small
+    out = tmp_path / "out"
+
+    def action() -> int:
+        try:
+            wheels.patch(tables, wheel, out)
+        except PatchsetError as error:
+            return 2 if f"{out}: cannot be written to (" in str(error) else 3
+        return 0
+
+    codes: Counter[int] = Counter()
+    for step in range(1, 70):
+        code = stumble(action, out, fault(step))
+        codes[code] += 1
+        assert [path.suffix for path in out.rglob("*")] == ([] if code else [".whl"])
+        shutil.rmtree(out, ignore_errors=True)
+    assert set(codes) == {0, 2}
 
 
 def test_wheel_killed_at_every_operation(small: tuple[Catalog, targets.Wheel], tmp_path: Path) -> None:

@@ -97,6 +97,20 @@ def test_apply_writes_beside_and_revert_keeps_what_lies_there(
     assert sorted(tmp_path.iterdir()) == sorted([published, patched])
 
 
+def test_revert_can_be_repeated(built: Path, command: Command, tmp_path: Path) -> None:
+    """What it wrote is not the published file to the byte, which nobody can compress once more alike."""
+    patched = Path(shutil.copy(built, tmp_path))
+    assert command("revert", patched).code == 0
+    (plain,) = set(tmp_path.iterdir()) - {patched}
+    before = plain.stat().st_ino, plain.read_bytes()
+    assert command("revert", patched).code == 0
+    assert (plain.stat().st_ino, plain.read_bytes()) == before
+    plain.write_bytes(b"somebody's")
+    assert f"{plain}: neither the published wheel nor made by this" in command("revert", patched).refusal()
+    assert plain.read_bytes() == b"somebody's"
+    assert set(tmp_path.iterdir()) == {patched, plain}
+
+
 @pytest.mark.parametrize(
     ("zone", "epoch", "umask", "directory"),
     [("Asia/Tokyo", "0", 0o077, "one"), ("America/St_Johns", "2000000000", 0o000, "two/with a blank")],
