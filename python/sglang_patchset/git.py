@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -27,6 +28,8 @@ _CONFIG = (
     f"core.attributesFile={os.devnull}",
 )
 
+_UNWRITTEN = re.compile("^error: (failed|unable) to write .*: (?P<reason>.+)$", re.MULTILINE)
+
 
 def blob_id(data: bytes) -> str:
     """The id under which git stores these bytes."""
@@ -43,6 +46,7 @@ def apply(patch: Path, tree: Path, *, only: Sequence[str], reverse: bool = False
 
     Raises:
         PatchsetError: git is missing, or cannot read the patch.
+        OSError: the tree cannot be written to.
     """
     if not only:
         return True
@@ -50,6 +54,8 @@ def apply(patch: Path, tree: Path, *, only: Sequence[str], reverse: bool = False
     args = ["apply", "-p2", "--whitespace=nowarn", *(f"--include={path}" for path in only)]
     args += ["--reverse"] * reverse + ["-C1"] * near
     result = _call(*args, str(patch), cwd=tree)
+    if unwritten := _UNWRITTEN.search(result.stderr):
+        raise OSError(errno.EIO, unwritten["reason"])
     if result.returncode and "patch does not apply" not in result.stderr:
         reason = _reason(result.stderr)
         raise PatchsetError(f"{patch}: git cannot read it ({reason}): install sglang-patchset again")

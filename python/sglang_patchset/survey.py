@@ -243,12 +243,18 @@ def _take_off(series: Series, path: str, content: bytes) -> frozenset[str]:
 @contextmanager
 def _scratch(contents: Mapping[str, bytes]) -> Iterator[Path]:
     """A temporary tree that has these files."""
-    with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as directory:
-        for path, content in contents.items():
-            file = Path(directory, path)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-        yield Path(directory)
+    try:
+        with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as directory:
+            for path, content in contents.items():
+                file = Path(directory, path)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            yield Path(directory)
+    except OSError as error:
+        raise PatchsetError(
+            f"{tempfile.gettempdir()}: cannot be written to ({error.strerror}): make room there, "
+            "or name another directory by TMPDIR"
+        ) from None
 
 
 def _must(done: bool, patch: Patch, paths: Sequence[str], found: Survey) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shlex
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_patchset import cli, receipt
+from sglang_patchset import cli, patches, receipt
+from sglang_patchset.catalog import Catalog
 
 from .conftest import ROOT, Command, Result, digest, link
 from .test_install import environment, site, tool
@@ -218,6 +220,22 @@ def test_mounts(mount: str, unpacked: Mapping[str, Path], tmp_path: Path) -> Non
     script, message = MOUNTS[mount]
     refusal = mounted(script, tree, "apply", str(tree)).refusal()
     assert message.format(tree=tree) in refusal
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_a_full_temporary_directory(
+    spare: bool, unpacked: Mapping[str, Path], tables: Catalog, tmp_path: Path
+) -> None:
+    """For what git patches, or for what comes of it: a file that needs one more page."""
+    tree = Path(shutil.copytree(unpacked["0.5.12"], tmp_path / "tree"))
+    touched = patches.load(tables, tables.default).files
+    pages = sum(-(-(tree / path).stat().st_size // mmap.PAGESIZE) for path in touched) if spare else 1
+    script = (
+        f'mkdir "$tree.tmp"\nmount -t tmpfs -o size={pages * mmap.PAGESIZE} tmpfs "$tree.tmp"\n'
+        'export TMPDIR="$tree.tmp"'
+    )
+    refusal = mounted(script, tree, "apply", str(tree)).refusal()
+    assert f"{tree}.tmp: cannot be written to (No space left on device): make room there, or name" in refusal
 
 
 def test_names_without_case(unpacked: Mapping[str, Path], tmp_path: Path) -> None:
