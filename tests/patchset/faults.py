@@ -40,12 +40,24 @@ def stumble(action: Callable[[], int], directory: Path, fault: Fault) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(step: int) -> Fault:
-    """The process is killed before its `step`-th operation."""
+def noted_in(file: Path) -> Fault:
+    """Nothing happens; the operations' names are written to a file."""
 
-    def fault(_: str, number: int) -> None:
+    def fault(operation: str, number: int) -> None:
+        with file.open("a" if number > 1 else "w") as note:
+            note.write(f"{operation}\n")
+
+    return fault
+
+
+def killed_at(step: int, after: Fault | None = None) -> Fault:
+    """The process is killed before its `step`-th operation, after something else has happened to it."""
+
+    def fault(operation: str, number: int) -> None:
         if number == step:
             os.kill(os.getpid(), signal.SIGKILL)
+        if after:
+            after(operation, number)
 
     return fault
 

@@ -1,10 +1,14 @@
-"""Killed, or out of room, before every single file operation: never half patched, never a lost edit."""
+"""Killed, or out of room, before every single file operation: never half patched, never a lost edit.
+
+`pytest -rP` shows at how many points.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,8 +21,8 @@ from sglang_patchset import cli, targets, wheels
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
 
-from .conftest import Command, digest, edit, link
-from .faults import Fault, disk_full_from, killed_at, refused_at, stumble
+from .conftest import Command, change, digest, edit, link
+from .faults import Fault, disk_full_from, killed_at, noted_in, refused_at, stumble
 
 DSV4, HASH = "dsv4-expert-distribution", "hash-topk-dummy-weights"
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
@@ -53,9 +57,10 @@ def layout(request: pytest.FixtureRequest, unpacked: Mapping[str, Path], tmp_pat
             (tree / name).mkdir()
         (tree / "sglang").rename(tree / "python" / "sglang")
     package = tree / "python" if request.param == "checkout" else tree
-    # One in a file that no fix touches, one in a file that the fixes touch.
+    # One in a file that no fix touches; two in one that the fixes touch, of which one is next to their lines.
     edit(package / "sglang" / "utils.py", "# mine")
     edit(package / HASH_TOPK, "# mine")
+    change(package / HASH_TOPK, "self.routed_scaling_factor = routed_scaling_factor", "self.mine = 1")
     (package / HASH_TOPK).chmod(0o600)
     return tree
 
@@ -75,33 +80,92 @@ def settled(tree: Path) -> dict[str, str]:
     return {path: entry for path, entry in digest(tree).items() if ".patchset-transaction" not in path}
 
 
+def listed(scene: Scene, tmp_path: Path) -> list[str]:
+    """The operations of a run that nothing happens to."""
+    tree = link(scene.source, tmp_path / "tree")
+    assert stumble(scene.action(tree), tree, noted_in(tmp_path / "operations")) == 0
+    shutil.rmtree(tree)
+    return (tmp_path / "operations").read_text().split()
+
+
+def came_through(scene: Scene, tree: Path, verb: str, command: Command, tmp_path: Path) -> str:
+    """See to a tree whose run was killed; tells which of the three it was."""
+    status = command("status", tree)
+    found = settled(tree)
+    interrupted = "interrupted" in status.out
+    if interrupted:
+        assert status.code == 2
+    else:
+        assert found in (scene.before, scene.after)
+    # An edit that comes now is not lost either.
+    edited = link(tree, tmp_path / "edited")
+    (file,) = edited.rglob(HASH_TOPK)
+    edit(file, "# mine too")
+    mine = digest(edited)
+    result = command(verb, edited, *scene.fixes)
+    assert file.read_text().endswith("# mine\n# mine too\n")
+    if interrupted:
+        assert f"{file}: edited after a run was interrupted" in result.refusal()
+        assert digest(edited) == mine
+    else:
+        assert result.code == 0
+    shutil.rmtree(edited)
+    assert command(verb, tree, *scene.fixes).code == 0
+    assert digest(tree) == scene.patched(verb)
+    shutil.rmtree(tree)
+    return "interrupted" if interrupted else "before" if found == scene.before else "after"
+
+
 def test_killed_at_every_operation(
     scene: Scene, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    seen: Counter[str] = Counter()
+    place = tmp_path / "place"
+    scratch = place / "scratch"
+    scratch.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    points: Counter[str] = Counter()
     step, code = 0, -9
     while code == -9:
         step += 1
-        tree = link(scene.source, tmp_path / "tree")
-        code = stumble(scene.action(tree), tree, killed_at(step))
-        status = command("status", tree)
-        if "interrupted" in status.out:
-            assert status.code == 2
-            seen["interrupted"] += 1
-        else:
-            found = settled(tree)
-            assert found in (scene.before, scene.after)
-            seen["before" if found == scene.before else "after"] += 1
-        verb = ("apply", "revert")[step % 2]
-        assert command(verb, tree, *scene.fixes).code == 0
-        assert digest(tree) == scene.patched(verb)
-        shutil.rmtree(tree)
+        tree = link(scene.source, place / "tree")
+        code = stumble(scene.action(tree), place, killed_at(step))
+        # What is left of a copy for git is in nobody's way.
+        for path in scratch.iterdir():
+            assert path.name.startswith("sglang-patchset-")
+            shutil.rmtree(path)
+        if digest(tree) == scene.before:
+            points["untouched"] += 1
+            shutil.rmtree(tree)
+            continue
+        points[came_through(scene, tree, ("apply", "revert")[step % 2], command, tmp_path)] += 1
+        assert list(scratch.iterdir()) == []
     assert code == 0
-    assert set(seen) == {"before", "interrupted", "after"}
-    # In four scenes, and for the wheel below: more than 250 in all.
-    assert sum(seen.values()) == step > 50
+    assert set(points) == {"untouched", "before", "interrupted", "after"}
+    print(f"killed at {step - 1} points: {dict(points)}")
+    assert step > 100
     assert digest(scene.source) == scene.before
+
+
+def test_killed_on_the_way_back(
+    scene: Scene, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last file cannot be replaced, those before it are put back: killed at that."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    operations = listed(scene, tmp_path)
+    stuck = len(operations) - operations[::-1].index("os.rename")
+    points: Counter[str] = Counter()
+    step, code = stuck, -9
+    while code == -9:
+        step += 1
+        tree = link(scene.source, tmp_path / "tree")
+        code = stumble(scene.action(tree), tree, killed_at(step, after=refused_at(stuck)))
+        if code == -9:
+            points[came_through(scene, tree, ("apply", "revert")[step % 2], command, tmp_path)] += 1
+    assert code == 2
+    assert digest(tree) == scene.before
+    print(f"killed at {step - stuck - 1} points: {dict(points)}")
+    assert set(points) == {"before", "interrupted"}
 
 
 @pytest.mark.parametrize("fault", [disk_full_from, refused_at])
@@ -109,19 +173,8 @@ def test_failing_at_every_operation(
     fault: Callable[[int], Fault], scene: Scene, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A full disk and a bad one: refused in one line, and nothing changed; or done."""
-    operations = 0
-
-    def count(_: str, number: int) -> None:
-        nonlocal operations
-        operations = number
-        Path(tmp_path, "count").write_text(str(number))
-
-    tree = link(scene.source, tmp_path / "tree")
-    assert stumble(scene.action(tree), tree, count) == 0
-    operations = int(Path(tmp_path, "count").read_text())
-    shutil.rmtree(tree)
     codes: Counter[int] = Counter()
-    for step in range(1, operations + 1):
+    for step in range(1, len(listed(scene, tmp_path)) + 1):
         tree = link(scene.source, tmp_path / "tree")
         capfd.readouterr()
         code = stumble(scene.action(tree), tree, fault(step))
@@ -182,26 +235,40 @@ def test_wheel_failing_at_every_operation(
     assert set(codes) == {0, 2}
 
 
-def test_wheel_killed_at_every_operation(small: tuple[Catalog, targets.Wheel], tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["wheel", "revert"])
+def test_wheel_killed_at_every_operation(
+    verb: str, small: tuple[Catalog, targets.Wheel], tmp_path: Path
+) -> None:
     tables, wheel = small
     out = tmp_path / "out"
-    done = wheels.patch(tables, wheel, out).read_bytes()
-    (name,) = (path.name for path in out.iterdir())
-    shutil.rmtree(out)
+    patched = targets.Wheel(wheels.patch(tables, wheel, out), tables.default.patched_version)
 
     def action() -> int:
-        wheels.patch(tables, wheel, out)
+        if verb == "wheel":
+            wheels.patch(tables, wheel, out)
+        else:
+            wheels.unpatch(tables, patched)
         return 0
 
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+
+    before = {} if verb == "wheel" else contents()
+    action()
+    after = contents()
     step, code = 0, -9
     while code == -9:
         step += 1
-        code = stumble(action, out, killed_at(step))
-        left = list(out.rglob("*")) if out.exists() else []
-        assert [path.read_bytes() for path in left if path.suffix == ".whl"] in ([], [done])
-        # The next run takes away what a killed one left.
-        wheels.patch(tables, wheel, out)
-        assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [(name, done)]
         shutil.rmtree(out)
+        for name, data in before.items():
+            out.mkdir()
+            (out / name).write_bytes(data)
+        code = stumble(action, out, killed_at(step))
+        whole = {name: data for name, data in contents().items() if name.endswith(".whl")}
+        assert whole in (before, after)
+        # The next run takes away what a killed one left.
+        action()
+        assert contents() == after
     assert code == 0
+    print(f"killed at {step - 1} points")
     assert step > 50
