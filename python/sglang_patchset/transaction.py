@@ -204,12 +204,20 @@ def commit(package: Path, changes: Mapping[Path, Change]) -> None:
     """Give every file its new bytes; call with the package locked and nothing pending.
 
     Raises:
-        PatchsetError: a file is not what the change starts from, a directory cannot be written to or lies on
-            another file system, or the disk is full.
+        PatchsetError: a file is not what the change starts from, a directory cannot be written to or lies
+            elsewhere or on another file system, or the disk is full.
     """
     package = package.resolve()
-    # The last part stays: a link to a file is replaced, not what it leads to.
-    resolved = {path.parent.resolve() / path.name: change for path, change in changes.items()}
+    resolved = {}
+    for path, change in changes.items():
+        # The last part stays: a link to a file is replaced, not what it leads to.
+        place = path.parent.resolve() / path.name
+        if not _may_change(os.path.relpath(place, package)):
+            raise PatchsetError(
+                f"{path}: a link leads out of {package} to it: put a copy in that link's place, "
+                "or install SGLang again"
+            )
+        resolved[place] = change
     _check_directories(package, {path.parent for path in resolved})
     staging = package / _STAGING
     try:

@@ -68,6 +68,16 @@ def test_a_cache_and_another_environment_keep_theirs(
         assert contents(site(tmp_path / "one")) == contents(cache)
 
 
+@pytest.mark.parametrize("path", ["sglang/srt", INFO])
+def test_a_directory_that_others_share(path: str, tree: Path, command: Command, tmp_path: Path) -> None:
+    shared = (tree / path).rename(tmp_path / "shared")
+    (tree / path).symlink_to(shared)
+    before = digest(tree), digest(shared)
+    assert "a link leads out of" in command("apply", tree).refusal()
+    assert (digest(tree), digest(shared)) == before
+    assert command("status", tree).code == 1
+
+
 @pytest.mark.parametrize("mode", ["hardlink", "symlink", "clone"])
 def test_a_cache_of_uv_s(mode: str, wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:
     uv = shutil.which("uv") or pytest.importorskip("uv", reason="needs uv").find_uv_bin()
