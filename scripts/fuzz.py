@@ -32,7 +32,9 @@ else:
     target = mutation.PARSERS[name]
 
 if engine == "atheris":
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=400", "-verbosity=1"], target)
+    # Without its control, the length stays at a few bytes: not one whole edit.
+    options = [f"-max_total_time={seconds}", "-max_len=400", "-len_control=0", "-verbosity=1"]
+    atheris.Setup([sys.argv[0], *options], target)
     atheris.Fuzz()
 
 from hypothesis import HealthCheck, given, settings  # noqa: E402
