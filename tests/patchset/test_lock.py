@@ -34,11 +34,12 @@ def test_every_dependency_is_locked() -> None:
 
 
 def test_without_an_index(wheels: Mapping[str, Path], tmp_path: Path) -> None:
-    """The README's way, with an index only for the download."""
+    """The README's way, with an index only for the download, in a directory that a shell would read."""
+    clone = tmp_path / "a 'clone' of $(touch pwned)*"
     for name in ("python", "patches", "scripts"):
-        shutil.copytree(ROOT / name, tmp_path / "clone" / name)
-    links = tmp_path / "links"
-    lock = str(tmp_path / "clone" / "scripts" / "requirements.txt")
+        shutil.copytree(ROOT / name, clone / name)
+    links = tmp_path / "the links"
+    lock = str(clone / "scripts" / "requirements.txt")
     download = [
         sys.executable,
         "-m",
@@ -53,14 +54,15 @@ def test_without_an_index(wheels: Mapping[str, Path], tmp_path: Path) -> None:
     if subprocess.run(download, capture_output=True, check=False).returncode:
         pytest.skip("no package index")
     shutil.copy(wheels["0.5.12"], links)
-    script = [str(tmp_path / "clone" / "scripts" / "patch.sh"), "0.5.12", str(tmp_path / "out")]
+    script = [str(clone / "scripts" / "patch.sh"), "0.5.12", str(tmp_path / "out")]
     env = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PIP_CONFIG_FILE": "/dev/null"}
     env["PIP_INDEX_URL"] = "http://127.0.0.1:1/simple"
     subprocess.run([*script, "--find-links", str(links)], check=True, capture_output=True, env=env)
     (wheel,) = (tmp_path / "out").iterdir()
     assert wheel.name in catalog.load().default.patched
+    assert list(tmp_path.rglob("pwned")) == []
     # A package that is not the locked one is none.
-    shutil.rmtree(tmp_path / "clone" / ".venv-tool")
+    shutil.rmtree(clone / ".venv-tool")
     (rich,) = links.glob("rich-*.whl")
     with rich.open("ab") as file:
         file.write(b"x")
