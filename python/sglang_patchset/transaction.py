@@ -138,7 +138,8 @@ def _replace(path: Path, directory: Path, number: int, entry: _Entry) -> None:
 def _entries(directory: Path) -> list[_Entry]:
     try:
         entries = [_Entry(**entry) for entry in json.loads((directory / _JOURNAL).read_bytes())]
-        if all(_may_change(entry.path) for entry in entries):
+        # A directory that is a link is not what a run has left.
+        if not directory.is_symlink() and all(_may_change(directory.parent, each.path) for each in entries):
             return entries
     except (ValueError, TypeError, RecursionError):
         pass
@@ -148,12 +149,15 @@ def _entries(directory: Path) -> list[_Entry]:
     )
 
 
-def _may_change(path: object) -> bool:
-    """Whether a transaction can have been about this file: the package's own, or a RECORD that lists it.
+def _may_change(package: Path, path: object) -> bool:
+    """Whether a transaction can be about this file: the package's own, or a RECORD that lists it.
 
     Whoever may write into a package may not have its next run, by root perhaps, replace any other file.
     """
     if not isinstance(path, str) or path.startswith("/") or "\0" in path or os.path.normpath(path) != path:
+        return False
+    parent = os.path.normpath((package / path).parent)
+    if os.path.realpath(parent) != parent:  # all links have been followed
         return False
     if path.startswith(".."):
         return bool(re.search(r"/sglang-[^/]+\.dist-info/RECORD$", path))
@@ -195,6 +199,8 @@ def _keep(path: Path, kept: Path) -> None:
 
 def _remove(directory: Path) -> None:
     """Remove a transaction's directory; without its journal it only waits for that."""
+    if directory.is_symlink():
+        directory.unlink()
     (directory / _JOURNAL).unlink(missing_ok=True)
     if directory.exists():
         shutil.rmtree(directory)
@@ -212,7 +218,7 @@ def commit(package: Path, changes: Mapping[Path, Change]) -> None:
     for path, change in changes.items():
         # The last part stays: a link to a file is replaced, not what it leads to.
         place = path.parent.resolve() / path.name
-        if not _may_change(os.path.relpath(place, package)):
+        if not _may_change(package, os.path.relpath(place, package)):
             raise PatchsetError(
                 f"{path}: a link leads out of {package} to it: put a copy in that link's place, "
                 "or install SGLang again"

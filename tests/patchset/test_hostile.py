@@ -306,6 +306,33 @@ def test_a_journal_that_leads_elsewhere(path: str, tree: Path, command: Command)
     assert digest(tree.parent) == before
 
 
+@pytest.mark.parametrize("link", ["sglang/link", "sglang-1.dist-info", "sglang/.patchset-transaction"])
+def test_a_journal_that_leads_through_a_link(link: str, tree: Path, command: Command, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("RECORD", "journal.json"):
+        (outside / name).write_bytes(b"")
+    (tree / link).symlink_to(outside)
+    directory = tree / "sglang" / ".patchset-transaction"
+    directory.mkdir(exist_ok=True)
+    (directory / "0").write_bytes(b"evil")
+    path = os.path.relpath(tree / link / "RECORD", tree / "sglang")
+    entry = {"path": path, "old": _blob(b""), "new": _blob(b"evil")}
+    (directory / "journal.json").write_text(json.dumps([entry]))
+    before = digest(tree.parent)
+    assert "journal.json: damaged: " in command("apply", tree).refusal()
+    assert digest(tree.parent) == before
+
+
+def test_staging_that_is_a_link(tree: Path, command: Command, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "journal.json").write_bytes(b"")
+    (tree / "sglang" / ".patchset-transaction.tmp").symlink_to(outside)
+    assert command("apply", tree).code == 0
+    assert [path.name for path in outside.iterdir()] == ["journal.json"]
+
+
 def test_a_nested_journal(tree: Path, command: Command) -> None:
     directory = tree / "sglang" / ".patchset-transaction"
     directory.mkdir()
