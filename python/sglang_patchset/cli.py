@@ -13,30 +13,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from packaging.version import Version
 
-from sglang_patchset import (
-    __version__,
-    catalog,
-    pins,
-    proposal,
-    rebase,
-    releases,
-    series,
-    stack,
-    status,
-    targets,
-    upstream,
-    verify,
-    wheels,
-)
+from sglang_patchset import __version__, catalog, releases, series, status, targets, wheels
 from sglang_patchset.catalog import Catalog, Fix
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.status import FixState, Report
 from sglang_patchset.targets import Package, Target, Wheel
-from sglang_patchset.verify import Outcome
+
+# What an operator's verbs have no use for is imported by the verb that has: it takes as long as they do.
+if TYPE_CHECKING:
+    from sglang_patchset.verify import Verdict
 
 _COLOURS = {
     FixState.VULNERABLE: "red",
@@ -45,9 +34,6 @@ _COLOURS = {
     FixState.NOT_AFFECTED: "dim",
     FixState.UNKNOWN: "yellow",
 }
-
-
-_OUTCOME_COLOURS = {Outcome.RED: "red", Outcome.GREEN: "green", Outcome.NOT_RUN: "yellow"}
 
 
 _WHEELS = {
@@ -241,6 +227,8 @@ def _wheel(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
+    from sglang_patchset import upstream
+
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
         published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
         upstream.checkout(tables, published, options.directory)
@@ -249,6 +237,8 @@ def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
+    from sglang_patchset import rebase
+
     done = rebase.rebase(tables, options.directory, options.source, options.find_links)
     rows = [(fix, outcome.value) for fix, outcome, _ in done.fixes]
     _print_table(("fix", f"on {done.release.version}"), rows)
@@ -266,6 +256,8 @@ def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _export(tables: Catalog, options: argparse.Namespace) -> int:
+    from sglang_patchset import proposal
+
     text = options.text or Path(f"{options.fix}.md")
     made = proposal.export(tables, options.fix, options.directory, text)
     print(f"{made.branch}: one commit, the patch of {made.release.version} and {made.test}")
@@ -275,6 +267,8 @@ def _export(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _pin(tables: Catalog, options: argparse.Namespace) -> int:
+    from sglang_patchset import pins
+
     release = pins.pin(tables, options.release, options.find_links)
     done = "already pinned" if release.version in tables.releases else "pinned"
     print(f"{release.version}: {done}, {len(release.wheels)} wheels for Python {', '.join(release.python)}")
@@ -283,6 +277,8 @@ def _pin(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _refresh(tables: Catalog, options: argparse.Namespace) -> int:
+    from sglang_patchset import stack
+
     done = stack.refresh(tables, options.directory)
     rows = [(fix, name, change.value) for fix, name, change in done.changes]
     _print_table(("fix", f"patches/{done.release.version}", ""), rows)
@@ -292,6 +288,10 @@ def _refresh(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _verify(tables: Catalog, options: argparse.Namespace) -> int:
+    from sglang_patchset import verify
+    from sglang_patchset.verify import Outcome
+
+    colours = {Outcome.RED: "red", Outcome.GREEN: "green", Outcome.NOT_RUN: "yellow"}
     fixes = [tables.fix(name) for name in options.fixes] or list(tables.fixes.values())
     chosen = [
         release
@@ -310,10 +310,7 @@ def _verify(tables: Catalog, options: argparse.Namespace) -> int:
                     each.release,
                     each.tree.value,
                     each.fix,
-                    (
-                        each.outcome.value,
-                        _OUTCOME_COLOURS.get(each.outcome, "") if each.holds else "bold red",
-                    ),
+                    (each.outcome.value, colours.get(each.outcome, "") if each.holds else "bold red"),
                     str(each.passed),
                     str(each.skipped),
                     str(each.seconds),
@@ -326,7 +323,7 @@ def _verify(tables: Catalog, options: argparse.Namespace) -> int:
     return 0 if verdicts and all(verdict.holds for verdict in verdicts) else 1
 
 
-def _red_signatures(verdict: verify.Verdict) -> str:
+def _red_signatures(verdict: Verdict) -> str:
     """How many tests are red, and the first one's words."""
     if not verdict.signatures:
         return ""
