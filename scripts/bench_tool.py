@@ -157,7 +157,9 @@ def growth(scratch: Path, number: int, count: int) -> dict[str, dict[str, Any]]:
     shutil.rmtree(scratch)
     return {
         verb: {
-            whose: {kind: statistics.median(getattr(each, kind) for each in usages) for kind in ("wall", "cpu")}
+            whose: {
+                kind: statistics.median(getattr(each, kind) for each in usages) for kind in ("wall", "cpu")
+            }
             for whose, usages in (("ours", found[verb]), ("theirs", found[f"bare {verb}"]))
         }
         for verb in ("status", "apply", "revert")

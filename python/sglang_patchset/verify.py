@@ -31,6 +31,8 @@ from sglang_patchset.trees import Trees
 # What a tree's tests may take, in seconds; a hang is a failure too.
 _TIMEOUT = 1800
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
 # How a line begins in which a test says what it measured.
 _MEASURED = "measured: "
 
@@ -79,8 +81,8 @@ class Verdict:
     """The outcome of one suite on one tree, against the expected one.
 
     `seconds` is what its tests took, importing SGLang aside. `signatures` maps each red test to the words of
-    its signature as they were found, `measured` each test to the figures that it printed; `detail` says what
-    is wrong, or why nothing was run.
+    its signature as they were found, `measured` each test to the figures that it printed and `durations` to its
+    seconds; `detail` says what is wrong, or why nothing was run.
     """
 
     release: str
@@ -94,6 +96,7 @@ class Verdict:
     detail: str = ""
     signatures: Mapping[str, str] = field(default_factory=dict)
     measured: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    durations: Mapping[str, float] = field(default_factory=dict)
     passed: int = 0
     skipped: int = 0
 
@@ -137,21 +140,33 @@ def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], tre
                 f"or correct `test` of {fix.name} in fixes.toml"
             )
     shelf = Trees(catalog, trees)
-    groups: list[tuple[Path, list[Cell]]] = []
-    for release in releases:
-        for tree in Tree:
-            if cells := list(_cells(catalog, release, tree, fixes)):
-                path = shelf.patched(release) if tree is Tree.PATCHED else shelf.published(release)
-                groups.append((path, cells))
-    # A tree is a process: importing SGLang takes longer than most tests.
+    groups = grouped(catalog, fixes, releases, shelf)
     with Runner(clone) as runner, ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = [pool.submit(runner.verify, path, cells) for path, cells in groups]
+        # There are as many processes as cores.
+        results = [pool.submit(runner.verify, path, cells, ONE_THREAD) for path, cells in groups]
         verdicts = runner.wait(pool, results)
     whose = [(path, cell) for path, cells in groups for cell in cells]
     return [
         _without_patch(catalog, cell, _without_code(catalog, shelf, path, cell, verdict))
         for (path, cell), verdict in zip(whose, verdicts, strict=True)
     ]
+
+
+def grouped(
+    catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], shelf: Trees
+) -> list[tuple[Path, list[Cell]]]:
+    """Each tree, with the cells that one process runs on it: importing SGLang takes longer than most tests.
+
+    Raises:
+        PatchsetError: a release cannot be got.
+    """
+    groups = []
+    for release in releases:
+        for tree in Tree:
+            if cells := list(_cells(catalog, release, tree, fixes)):
+                path = shelf.patched(release) if tree is Tree.PATCHED else shelf.published(release)
+                groups.append((path, cells))
+    return groups
 
 
 def _without_code(catalog: Catalog, shelf: Trees, tree: Path, cell: Cell, verdict: Verdict) -> Verdict:
@@ -269,6 +284,9 @@ class Runner:
             command += ["--rootdir", str(self._root), "--import-mode", "importlib"]
             for override in ("addopts=", "junit_family=xunit1", "junit_logging=system-out"):
                 command += ["--override-ini", override]
+            if not self._logs:
+                # Nobody reads the source around a failure, and SGLang's long files take pytest longer than the tests.
+                command.append("--tb=line")
             command += [f"--junitxml={report}", *files]
             environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
             process = self._start(command, {**environment, "PYTHONPATH": str(tree), **extra})
@@ -412,6 +430,7 @@ def _verdict(
         detail=detail,
         signatures=signatures or {},
         measured={name: case.measured for name, case in cases.items() if case.measured},
+        durations={name: case.seconds for name, case in cases.items()},
         passed=results.count("passed"),
         skipped=results.count("skipped"),
     )

@@ -217,7 +217,9 @@ def test_the_containers_recipe(editable: Path, command: Command, tables: Catalog
             check=False,
         )
         # Once by `apply` and once by `status`.
-        assert (done.returncode, len(re.findall(r" patched\b", done.stdout))) == (0, 2 * len(tables.fixes)), done.stderr
+        assert (done.returncode, len(re.findall(r" patched\b", done.stdout))) == (0, 2 * len(tables.fixes)), (
+            done.stderr
+        )
     assert digest(package) != before
     assert command("revert", editable).code == 0
     assert digest(package) == before
