@@ -1,4 +1,4 @@
-"""Timings of two things side by side, and the files `results/bench-<what>-<date>.json` that runs write of them."""
+"""Timings of two things side by side; `results/bench-<what>-<date>.json`, which runs write of them."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def newest(root: Path, what: str) -> Mapping[str, Any] | None:
 
 
 def recorded(root: Path, what: str, measure: Callable[[dict[str, Any]], None]) -> Path:
-    """Have `measure` fill in a result, and write it; what there is of it, where it is interrupted or fails."""
+    """Have `measure` fill in a result, and write it; or what there is of it, if it stops half way."""
     contents: dict[str, Any] = {"complete": False}
     begin = time.monotonic()
     try:

@@ -23,7 +23,7 @@ from sglang_patchset.verify import Cell, Outcome, Runner, Tree, Verdict
 _CORES = 2
 _GPU_GIB = 20
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # Compiling every kernel before it is asked for takes minutes.
     "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
     # Container images turn bytecode off; SGLang is imported some two hundred times here.
@@ -128,7 +128,7 @@ def run(
 
     def verify(cell: Cell, tree: Path) -> list[Verdict]:
         with slots.taken(cell.suite.gpus) as gpus:
-            environment = _ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+            environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
             (verdict,) = runner.verify(tree, [cell], environment)
         words = verdict.detail or next(iter(verdict.signatures.values()), "")
         report(

@@ -81,8 +81,8 @@ class Verdict:
     """The outcome of one suite on one tree, against the expected one.
 
     `seconds` is what its tests took, importing SGLang aside. `signatures` maps each red test to the words of
-    its signature as they were found, `measured` each test to the figures that it printed and `durations` to its
-    seconds; `detail` says what is wrong, or why nothing was run.
+    its signature as they were found, `measured` each test to the figures that it printed, and `durations` to
+    its seconds; `detail` says what is wrong, or why nothing was run.
     """
 
     release: str
@@ -285,7 +285,7 @@ class Runner:
             for override in ("addopts=", "junit_family=xunit1", "junit_logging=system-out"):
                 command += ["--override-ini", override]
             if not self._logs:
-                # Nobody reads the source around a failure, and SGLang's long files take pytest longer than the tests.
+                # Nobody reads the source around a failure: to find it takes pytest longer than the tests.
                 command.append("--tb=line")
             command += [f"--junitxml={report}", *files]
             environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}

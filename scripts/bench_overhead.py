@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""What the fixes cost where they are not meant to change the work: published against patched, in turns.
+
+    export PATH=$PWD/.venv-gpu/bin:$PATH; PYTHONPATH=python python scripts/bench_overhead.py
+
+takes one CUDA GPU with 40 GB free and the environment of scripts/gpu_test.sh, and writes
+results/bench-overhead-<date>.json: six minutes on an H200 once the kernels are compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import statistics
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_bench.process import Worker, WorkerError
+from packaging.version import Version
+
+from sglang_patchset import benchmarks, catalog, cuda
+from sglang_patchset.trees import Trees
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".cache"
+ROUNDS = 24
+DECODES = 24
+CAPTURED = [8, 32]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on one release. `behind` is in the published tree too: without it, that does not run.
+
+    `batches` maps a batch size to the length of its prompts. `same_work` is whether the fixes leave the work
+    as it is.
+    """
+
+    name: str
+    release: str
+    model: str
+    batches: Mapping[int, int]
+    server_args: Mapping[str, Any]
+    behind: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    same_work: bool = True
+
+
+# 8 and 32 are captured, 5 and 25 are padded up to them.
+CASES = (
+    Case(
+        "DeepSeek-V4",
+        "0.5.12",
+        "deepseek_v4",
+        # Up to 128 tokens, extend and decode share a kernel that takes long to compile.
+        {8: 16, 5: 16, 32: 4, 25: 4},
+        # A tenth of the tokens has a slot in the sliding window's cache, in pages of 256.
+        {"max_total_tokens": 262144, "cuda_graph_bs": CAPTURED},
+        behind=("hash-topk-dummy-weights",),
+    ),
+    Case(
+        "gpt-oss",
+        "0.5.11",
+        "gpt_oss",
+        {8: 200, 5: 200, 32: 200, 25: 200},
+        {"max_total_tokens": 65536, "cuda_graph_bs": CAPTURED, "attention_backend": "triton"},
+    ),
+    Case(
+        "GLM, every layer computes",
+        "0.5.12",
+        "glm_moe_dsa",
+        # Longer than the top-k of 2048.
+        {8: 2304, 5: 2304},
+        {"max_total_tokens": 65536, "cuda_graph_bs": [8]},
+        overrides={"index_topk_freq": 1},
+    ),
+    Case(
+        "GLM, layers share",
+        "0.5.12",
+        "glm_moe_dsa",
+        {8: 2304, 5: 2304},
+        {"max_total_tokens": 65536, "cuda_graph_bs": [8]},
+        same_work=False,
+    ),
+)
+# A rank's prefill chunk and running requests: of the regression test, of a server with short chunks, and of
+# one whose chunks are what the buffer is sized by.
+BUFFERS = (
+    {"dp": 2, "chunk": 64, "running": 512, "layers": 3, "topk": 4},
+    {"dp": 8, "chunk": 1024, "running": 2048, "layers": 61, "topk": 8},
+    {"dp": 8, "chunk": 2048, "running": 256, "layers": 61, "topk": 8},
+)
+
+
+def measure(contents: dict[str, Any]) -> None:
+    """Every case; all workers load at once, and then one works at a time."""
+    tables = catalog.load(ROOT / "patches")
+    box = cuda.machine()
+    contents |= {"gpu": box.gpu, "driver": box.driver, "versions": box.versions, "cases": [], "buffers": []}
+    shelf = Trees(tables, CACHE / "trees")
+    with ExitStack() as stack:
+        pairs = []
+        for case in CASES:
+            release = tables.releases[Version(case.release)]
+            trees = {"published": shelf.partly(release, case.behind), "patched": shelf.patched(release)}
+            workers = {}
+            for side, tree in trees.items():
+                log = CACHE / "bench-logs" / f"overhead-{case.model}-{case.same_work}-{side}.log"
+                environment = cuda.ENVIRONMENT | {
+                    "CUDA_VISIBLE_DEVICES": box.gpus[0],
+                    "SGLANG_DSV4_FP4_EXPERTS": "0",
+                }
+                workers[side] = stack.enter_context(Worker("overhead.py", tree, log, environment))
+                workers[side].tell(
+                    "load", model=case.model, overrides=case.overrides, server_args=case.server_args
+                )
+            pairs.append((case, workers))
+        ready = []
+        for case, workers in pairs:
+            try:
+                for side, worker in workers.items():
+                    print(f"{case.name}, {side}: captured {worker.answer()['graphs']}", flush=True)
+            except WorkerError as error:
+                # The others are still worth their time.
+                contents.setdefault("failed", {})[case.name] = str(error)
+                print(error, flush=True)
+            else:
+                ready.append((case, workers))
+        for each in BUFFERS:
+            if ready:
+                contents["buffers"].append(buffer(each, ready))
+        for case, workers in ready:
+            found: dict[str, Any] = {
+                "name": case.name,
+                "release": case.release,
+                "published has": case.behind,
+                "same work": case.same_work,
+                "batches": [],
+            }
+            contents["cases"].append(found)
+            for batch, prompt in case.batches.items():
+                found["batches"].append(alternate(case, workers, batch, prompt))
+        if failed := contents.get("failed"):
+            raise SystemExit(f"did not run: {', '.join(failed)}")
+
+
+def alternate(case: Case, workers: Mapping[str, Worker], batch: int, prompt: int) -> dict[str, Any]:
+    """One batch size: rounds of both in turn, then what a decode step runs and launches."""
+    arguments = {"batch": batch, "prompt": prompt, "decodes": DECODES}
+    for worker in workers.values():
+        for _ in range(2):
+            worker.ask("steps", **arguments)
+    samples: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
+    for number in range(ROUNDS):
+        for side in list(workers)[:: 1 if number % 2 else -1]:
+            samples[side].append(workers[side].ask("steps", **arguments))
+    # The profiler's first step has its own start in it; the last one counts.
+    profiles = {
+        side: worker.ask("steps", batch=batch, prompt=prompt, decodes=3, profiled=True)
+        for side, worker in workers.items()
+    }
+    captured = next(size for size in sorted(case.server_args["cuda_graph_bs"]) if size >= batch)
+    found: dict[str, Any] = {"batch": batch, "prompt": prompt, "captured": captured}
+    for step in ("prefill", "decode"):
+        found[step] = {}
+        for kind in ("wall", "gpu"):
+            sides = {side: [each[step][kind] for each in samples[side]] for side in samples}
+            found[step][kind] = {
+                **{side: statistics.median(times) for side, times in sides.items()},
+                **benchmarks.ratio(sides["patched"], sides["published"]),
+            }
+    found["replay"] = {}
+    for kind in ("ran", "launched"):
+        published, patched = (collections.Counter(profiles[side][kind]) for side in ("published", "patched"))
+        found["replay"][kind] = {
+            "published": published.total(),
+            "patched": patched.total(),
+            "more": dict(patched - published),
+            "fewer": dict(published - patched),
+        }
+    for step in ("prefill", "decode"):
+        for kind, each in found[step].items():
+            print(
+                f"{case.name}, {batch} in {captured}: {step} {kind} {each['patched'] * 1000:.3f} ms, "
+                f"{each['ratio']:.4f} ({each['low']:.4f} to {each['high']:.4f})",
+                flush=True,
+            )
+    print(f"{case.name}, {batch} in {captured}: {found['replay']}", flush=True)
+    return found
+
+
+def buffer(sizes: Mapping[str, int], ready: list[tuple[Case, dict[str, Worker]]]) -> dict[str, Any]:
+    """The routed experts' buffer: what each tree allocates, and what every rank's rows take."""
+    workers = next(workers for case, workers in ready if case.release == "0.5.12")
+    rows = sizes["dp"] * max(sizes["chunk"], sizes["running"])
+    found = {
+        **sizes,
+        **{side: worker.ask("routed_experts", **sizes) for side, worker in workers.items()},
+        "needed": rows * sizes["layers"] * sizes["topk"] * 4,
+    }
+    print(f"routed experts' buffer: {found}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure, and write what came out."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    benchmarks.recorded(ROOT, "overhead", measure)
+
+
+if __name__ == "__main__":
+    main()
