@@ -56,6 +56,11 @@ def alternate(rounds: int, operations: Mapping[str, Operation]) -> dict[str, lis
     return found
 
 
+def medians(usages: Sequence[Usage]) -> dict[str, float]:
+    """By wall clock and by CPU time."""
+    return {kind: statistics.median(getattr(each, kind) for each in usages) for kind in ("wall", "cpu")}
+
+
 def comparison(ours: Sequence[Usage], theirs: Sequence[Usage]) -> dict[str, Any]:
     """Medians of both, and their ratios, by wall clock and by CPU time."""
     return {
@@ -85,6 +90,8 @@ def measure(contents: dict[str, Any], scratch: Path) -> None:
         ROUNDS,
         {
             "start": lambda: benchmarks.run(START, cwd=scratch),
+            # The tool's own: its modules are imported and its tables read.
+            "tool's start": lambda: tool("--version"),
             "status": lambda: tool("status", mine),
             "bare status": lambda: bare(files, theirs, "--check"),
             "apply": lambda: tool("apply", mine),
@@ -93,9 +100,8 @@ def measure(contents: dict[str, Any], scratch: Path) -> None:
             "bare revert": lambda: bare(files[::-1], theirs, "--reverse"),
         },
     )
-    contents["start"] = {
-        kind: statistics.median(getattr(each, kind) for each in found["start"]) for kind in ("wall", "cpu")
-    }
+    for name in ("start", "tool's start"):
+        contents[name] = medians(found[name])
     for verb in ("status", "apply", "revert"):
         # A user of git has no interpreter to start; whoever chose a tool in Python has.
         commands = [each + start for each, start in zip(found[f"bare {verb}"], found["start"], strict=True)]
@@ -157,9 +163,7 @@ def growth(scratch: Path, number: int, count: int) -> dict[str, dict[str, Any]]:
     shutil.rmtree(scratch)
     return {
         verb: {
-            whose: {
-                kind: statistics.median(getattr(each, kind) for each in usages) for kind in ("wall", "cpu")
-            }
+            whose: medians(usages)
             for whose, usages in (("ours", found[verb]), ("theirs", found[f"bare {verb}"]))
         }
         for verb in ("status", "apply", "revert")

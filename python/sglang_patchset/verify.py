@@ -359,7 +359,14 @@ def _cases(report: Path) -> Iterator[tuple[str, str, Case]]:
 
 def _words(text: str) -> str:
     """What was raised, without the source around it: that may have a message in it that nobody raised."""
-    return "\n".join(line[1:].strip() for line in text.splitlines() if line.startswith("E "))
+    words: list[str] = []
+    inside = False
+    for line in text.splitlines():
+        # Where pytest shows no source, it marks a message's first line alone and indents the others.
+        inside = line.startswith("E ") or (inside and line.startswith("    "))
+        if inside:
+            words.append(line[1:].strip())
+    return "\n".join(words)
 
 
 def _worse(one: Case, other: Case) -> Case:
