@@ -91,7 +91,7 @@ def measure(contents: dict[str, Any], scratch: Path) -> None:
         {
             "start": lambda: benchmarks.run(START, cwd=scratch),
             # The tool's own: its modules are imported and its tables read.
-            "tool's start": lambda: tool("--version"),
+            "tool start": lambda: tool("--version"),
             "status": lambda: tool("status", mine),
             "bare status": lambda: bare(files, theirs, "--check"),
             "apply": lambda: tool("apply", mine),
@@ -100,7 +100,7 @@ def measure(contents: dict[str, Any], scratch: Path) -> None:
             "bare revert": lambda: bare(files[::-1], theirs, "--reverse"),
         },
     )
-    for name in ("start", "tool's start"):
+    for name in ("start", "tool start"):
         contents[name] = medians(found[name])
     for verb in ("status", "apply", "revert"):
         # A user of git has no interpreter to start; whoever chose a tool in Python has.

@@ -157,6 +157,12 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
     verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
     verb.set_defaults(run=_pin)
 
+    verb = verbs.add_parser("report", help="results/ as one HTML page")
+    verb.add_argument(
+        "out", nargs="?", type=Path, default=Path("report.html"), metavar="OUT", help="default: report.html"
+    )
+    verb.set_defaults(run=_report)
+
     verb = verbs.add_parser("verify", help="red on the published release, green on the patched one")
     verb.add_argument("fixes", nargs="*", metavar="FIX", help="default: all")
     versions = [*tables.releases, *tables.references]
@@ -284,6 +290,14 @@ def _refresh(tables: Catalog, options: argparse.Namespace) -> int:
     _print_table(("fix", f"patches/{done.release.version}", ""), rows)
     for reminder in done.reminders:
         print(reminder)
+    return 0
+
+
+def _report(tables: Catalog, options: argparse.Namespace) -> int:
+    from sglang_patchset import report
+
+    report.write(tables, options.out)
+    print(options.out)
     return 0
 
 

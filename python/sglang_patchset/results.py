@@ -11,13 +11,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sglang_patchset import patches
+from sglang_patchset import figures, patches
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.cuda import Machine, Pair
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.verify import Outcome, Tree, Verdict
 
 _BEGIN = "<!-- from results/, by scripts/results_table.py -->\n"
+_FIGURES = "<!-- figures from results/, by scripts/results_table.py -->\n"
 _END = "<!-- end -->\n"
 
 
@@ -108,19 +109,11 @@ def seen(catalog: Catalog) -> list[Seen]:
     Raises:
         PatchsetError: a file in `results/` is not one that a run wrote.
     """
-    digests = {
-        str(release.version): patches.digest(patches.load(catalog, release).patches)
-        for release in catalog.releases.values()
-    }
     newest: dict[tuple[str, str], Seen] = {}
-    for path in (catalog.root.parent / "results").glob("gpu-*.json"):
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            for each in _cells(run, digests):
-                key = (each.release, each.test)
-                newest[key] = max(newest.get(key, each), each, key=lambda one: one.date)
-        except (ValueError, TypeError, LookupError):
-            raise PatchsetError(f"{path}: not what a run writes: remove it and run again") from None
+    for _, cells in _read(catalog):
+        for each in cells:
+            key = (each.release, each.test)
+            newest[key] = max(newest.get(key, each), each, key=lambda one: one.date)
     return [
         newest[key]
         for fix in catalog.fixes.values()
@@ -128,6 +121,31 @@ def seen(catalog: Catalog) -> list[Seen]:
         for version in catalog.releases
         if (key := (str(version), suite.test)) in newest
     ]
+
+
+def runs(catalog: Catalog) -> list[Mapping[str, Any]]:
+    """The newest run on each kind of machine that saw patches as they are now; as `seen` otherwise."""
+    newest: dict[str, Mapping[str, Any]] = {}
+    for run, cells in _read(catalog):
+        machine = f"{run['gpus']} {run['gpu']}"
+        if cells and run["date"] > newest.get(machine, {"date": ""})["date"]:
+            newest[machine] = run
+    return [newest[machine] for machine in sorted(newest)]
+
+
+def _read(catalog: Catalog) -> Iterator[tuple[Mapping[str, Any], list[Seen]]]:
+    """Each file, and what it has about the patches as they are now."""
+    digests = {
+        str(release.version): patches.digest(patches.load(catalog, release).patches)
+        for release in catalog.releases.values()
+    }
+    for path in (catalog.root.parent / "results").glob("gpu-*.json"):
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            cells = list(_cells(run, digests))
+        except (ValueError, TypeError, LookupError):
+            raise PatchsetError(f"{path}: not what a run writes: remove it and run again") from None
+        yield run, cells
 
 
 def _cells(run: dict[str, Any], digests: Mapping[str, str]) -> Iterator[Seen]:
@@ -172,8 +190,14 @@ def table(catalog: Catalog) -> str:
 
 
 def in_readme(catalog: Catalog, readme: str) -> str:
-    """The README's text with the table of now between its marks."""
-    before, begin, rest = readme.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    rows = table(catalog)
-    return f"{before}{begin}{f'{chr(10)}{rows}{chr(10)}' if rows else ''}{end}{after}"
+    """The README's text with the table and the figures of now between their marks."""
+    sentences = figures.sentences(catalog.root.parent)
+    for mark, text in (
+        (_BEGIN, table(catalog)),
+        (_FIGURES, "".join(f"- {sentence}\n" for sentence in sentences)),
+    ):
+        before, begin, rest = readme.partition(mark)
+        if begin:
+            _, end, after = rest.partition(_END)
+            readme = f"{before}{begin}{f'{chr(10)}{text}{chr(10)}' if text else ''}{end}{after}"
+    return readme

@@ -1,0 +1,69 @@
+"""What the newest benchmarks say, in a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sglang_patchset import benchmarks
+from sglang_patchset.plots import number
+
+OVERHEAD, REUSE, TOOL, TESTS = "overhead", "mtp-reuse", "tool", "tests"
+
+
+def sentences(root: Path) -> list[str]:
+    """The main figures of the clone at `root`, in Markdown; none of a benchmark that nobody ran."""
+    writers = {OVERHEAD: _overhead, REUSE: _reuse, TOOL: _tool, TESTS: _tests}
+    found = []
+    for what, writer in writers.items():
+        if result := benchmarks.newest(root, what):
+            source = f"[{str(result['date'])[:10]}](results/{result['file']})"
+            found.append(f"{' '.join(writer(result))} ({source})")
+    return found
+
+
+def steady(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every ratio of `overhead` in which the fixes should leave the work as it is, by the GPU's time."""
+    return [
+        (f"{case['name']}, {step}, {batch['batch']} in {batch['captured']}", batch[step]["gpu"])
+        for case in result["cases"]
+        if case["same work"]
+        for step in ("decode", "prefill")
+        for batch in case["batches"]
+    ]
+
+
+def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
+    ratios = [each["ratio"] for _, each in steady(result)]
+    yield f"**Nothing on the hot path**, {result['gpu']}: prefill and decode steps of DeepSeek-V4, gpt-oss"
+    yield f"and GLM on the patched trees take {min(ratios):.3f} to {max(ratios):.3f} of the time that they take"
+    yield "as published."
+
+
+def _reuse(result: Mapping[str, Any]) -> Iterator[str]:
+    best = min(result["iterations"], key=lambda each: each["graph"]["ratio"])
+    graph = best["graph"]
+    yield f"**Draft steps that reuse their indices**, {result['gpu']}, GLM-5.2's dimensions: at"
+    yield f"{best['context'] // 1024}k tokens, batch {best['batch']}, {best['steps']} steps, an iteration"
+    yield f"takes {graph['ratio']:.2f} of the time (no indexer at all: {graph['limit']:.2f})"
+    yield f"and its indexer's part is {graph['indexer speedup'] or 0:.1f} times faster."
+
+
+def _tool(result: Mapping[str, Any]) -> Iterator[str]:
+    verbs = result["verbs"]
+    cpu = {verb: verbs[verb]["cpu"] for verb in verbs}
+    yield f"**The tool**: `status` takes {number(cpu['status']['ours'])} s of CPU time and `apply`"
+    yield f"{number(cpu['apply']['ours'])} s, of which Python's start and the tool's own are"
+    yield f"{number(result['tool start']['cpu'])} s; `git apply` by hand and a start of"
+    yield f"Python take {number(cpu['apply']['theirs'])} s. `wheel` takes {number(cpu['wheel']['ratio'])} of"
+    yield "the CPU time of unzip, `git apply` and zip."
+
+
+def _tests(result: Mapping[str, Any]) -> Iterator[str]:
+    together = max(result["runs"], key=lambda run: int(run["processes"]))
+    alone = min(result["runs"], key=lambda run: int(run["processes"]))
+    gain = alone["seconds"] / together["seconds"]
+    yield f"**The tests**: the matrix without a GPU, {together['tests']} tests on {len(together['trees'])}"
+    yield f"trees, takes {together['seconds']:.0f} s on two cores that others use too, {gain:.1f} times faster"
+    yield f"than one process at a time, and {together['cpu']:.0f} s of CPU time."
