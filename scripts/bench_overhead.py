@@ -88,6 +88,7 @@ CASES = (
 )
 # A rank's prefill chunk and running requests: of the regression test, of a server with short chunks, and of
 # one whose chunks are what the buffer is sized by.
+BUFFERS_OF = "0.5.12"
 BUFFERS = (
     {"dp": 2, "chunk": 64, "running": 512, "layers": 3, "topk": 4},
     {"dp": 8, "chunk": 1024, "running": 2048, "layers": 61, "topk": 8},
@@ -101,6 +102,12 @@ def measure(contents: dict[str, Any]) -> None:
     box = cuda.machine()
     contents |= {"gpu": box.gpu, "driver": box.driver, "versions": box.versions, "cases": [], "buffers": []}
     shelf = Trees(tables, CACHE / "trees")
+
+    def failed(case: Case, error: WorkerError) -> None:
+        """The other cases are still worth their time."""
+        contents.setdefault("failed", {})[case.name] = str(error)
+        print(error, flush=True)
+
     with ExitStack() as stack:
         pairs = []
         for case in CASES:
@@ -123,15 +130,11 @@ def measure(contents: dict[str, Any]) -> None:
             try:
                 for side, worker in workers.items():
                     print(f"{case.name}, {side}: captured {worker.answer()['graphs']}", flush=True)
-            except WorkerError as error:
-                # The others are still worth their time.
-                contents.setdefault("failed", {})[case.name] = str(error)
-                print(error, flush=True)
-            else:
                 ready.append((case, workers))
-        for each in BUFFERS:
-            if ready:
-                contents["buffers"].append(buffer(each, ready))
+            except WorkerError as error:
+                failed(case, error)
+        if workers := next((workers for case, workers in ready if case.release == BUFFERS_OF), None):
+            contents["buffers"] = [buffer(sizes, workers) for sizes in BUFFERS]
         for case, workers in ready:
             found: dict[str, Any] = {
                 "name": case.name,
@@ -141,10 +144,13 @@ def measure(contents: dict[str, Any]) -> None:
                 "batches": [],
             }
             contents["cases"].append(found)
-            for batch, prompt in case.batches.items():
-                found["batches"].append(alternate(case, workers, batch, prompt))
-        if failed := contents.get("failed"):
-            raise SystemExit(f"did not run: {', '.join(failed)}")
+            try:
+                for batch, prompt in case.batches.items():
+                    found["batches"].append(alternate(case, workers, batch, prompt))
+            except WorkerError as error:
+                failed(case, error)
+        if "failed" in contents:
+            raise SystemExit(f"did not run: {', '.join(contents['failed'])}")
 
 
 def alternate(case: Case, workers: Mapping[str, Worker], batch: int, prompt: int) -> dict[str, Any]:
@@ -192,9 +198,8 @@ def alternate(case: Case, workers: Mapping[str, Worker], batch: int, prompt: int
     return found
 
 
-def buffer(sizes: Mapping[str, int], ready: list[tuple[Case, dict[str, Worker]]]) -> dict[str, Any]:
+def buffer(sizes: Mapping[str, int], workers: Mapping[str, Worker]) -> dict[str, Any]:
     """The routed experts' buffer: what each tree allocates, and what every rank's rows take."""
-    workers = next(workers for case, workers in ready if case.release == "0.5.12")
     rows = sizes["dp"] * max(sizes["chunk"], sizes["running"])
     found = {
         **sizes,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from sglang_patchset import benchmarks, catalog, figures, report, results
 from sglang_patchset.catalog import Catalog
+from sglang_patchset.cuda import Machine
 from sglang_patchset.errors import PatchsetError
 
 from .conftest import ROOT, Command
@@ -22,60 +25,91 @@ from .conftest import ROOT, Command
 sys.path.insert(0, str(ROOT / "scripts"))
 from gpu_bench.process import Worker, WorkerError
 
-HEAD = {"complete": True, "cores": 16, "python": "3.12.3", "seconds": 240.0}
-GPU = {"gpu": "NVIDIA H200", "driver": "580.1", "versions": {"python": "3.12.3", "torch": "2.11.0"}}
-TIME = {"published": 0.002, "patched": 0.002002, "ratio": 1.001, "low": 0.998, "high": 1.002, "rounds": 24}
-STEP = {"gpu": TIME, "wall": TIME}
-COUNT = {"published": 9, "patched": 10, "more": {"fill<int>": 1}, "fewer": {}}
-OVERHEAD = {
-    "cases": [
-        {
-            "name": name,
-            "same work": same,
-            "batches": [
-                {
-                    "batch": 5,
-                    "captured": 8,
-                    "decode": STEP,
-                    "prefill": STEP,
-                    "replay": {"ran": COUNT, "launched": COUNT},
-                }
-            ],
-        }
-        for name, same in (("DeepSeek-V4", True), ("GLM, layers share", False))
-    ],
-    "buffers": [
-        {
-            "dp": 2,
-            "chunk": 64,
-            "running": 512,
-            "layers": 3,
-            "topk": 4,
-            "published": 24576,
-            "patched": 49152,
-            "needed": 49152,
-        }
-    ],
-}
-GRAPH = {
-    "without": 0.002,
-    "with": 0.0012,
-    "none": 0.001,
-    "ratio": 0.6,
-    "low": 0.59,
-    "high": 0.61,
-    "limit": 0.5,
-}
-GRAPH |= {"rounds": 15, "indexer share": 0.5, "indexer speedup": 5.0, "of the limit": 0.8}
-REUSE = {
-    "release": "0.5.12",
-    "iterations": [
-        {"steps": steps, "batch": batch, "context": context, "iteration": GRAPH, "graph": GRAPH}
-        for steps in (3, 7)
-        for batch in (1, 32)
-        for context in (4096, 131072)
-    ],
-}
+BOX = Machine("NVIDIA H200", ("0",), 139 << 30, "580.1", {"python": "3.12.3", "torch": "2.11.0"})
+DATE = "2026-11-22T06:00:00+00:00"
+
+
+class Fake:
+    """A worker that answers at once; patched, a step takes a thousandth longer and one fill more."""
+
+    def __init__(self, script: str, tree: Path, *_: object) -> None:
+        assert (ROOT / "scripts" / "gpu_bench" / script).is_file()
+        self._patched = tree.name == "patched"
+        self._asked: list[tuple[str, dict[str, Any]]] = []
+
+    def __enter__(self) -> Fake:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._asked == []
+
+    def tell(self, what: str, **arguments: Any) -> None:
+        self._asked.append((what, json.loads(json.dumps(arguments))))
+
+    def answer(self) -> Any:
+        what, arguments = self._asked.pop(0)
+        return getattr(self, what)(**arguments)
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        self.tell(what, **arguments)
+        return self.answer()
+
+    def load(self, **arguments: Any) -> dict[str, Any]:
+        return {"graphs": [8]} if "model" in arguments else {"capture seconds": 1.5}
+
+    def steps(self, batch: int, prompt: int, decodes: int, profiled: bool = False) -> dict[str, Any]:
+        assert min(batch, prompt, decodes) > 0
+        if profiled:
+            return {"ran": {"gemm": 4, "fill<int>": self._patched}, "launched": {"cudaGraphLaunch": 1}}
+        times = {"wall": 0.002, "gpu": 0.001 + 0.000001 * self._patched}
+        return {"prefill": times, "decode": times}
+
+    def routed_experts(self, dp: int, chunk: int, running: int, layers: int, topk: int) -> int:
+        return max(chunk * dp, running * (dp if self._patched else 1)) * layers * topk * 4
+
+    def iterate(self, steps: int, batch: int, context: int) -> dict[str, dict[str, list[float]]]:
+        indexer = batch * context * 1e-10
+        runs = {"without": steps - 1, "with": 1, "none": 0}
+        times = {variant: [0.001 + indexer * runs[variant]] * 3 for variant in runs}
+        return {variant: {"iteration": each, "graph": each} for variant, each in times.items()}
+
+
+def script(name: str) -> ModuleType:
+    """A module of scripts/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def overhead(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What bench_overhead.py makes of such workers."""
+    return measured("bench_overhead", monkeypatch)
+
+
+@pytest.fixture
+def reuse(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What bench_mtp_reuse.py makes of such a worker."""
+    return measured("bench_mtp_reuse", monkeypatch)
+
+
+def measured(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    contents: dict[str, Any] = {}
+    measured_into(contents, name, monkeypatch)
+    return contents
+
+
+def measured_into(contents: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script(name)
+    monkeypatch.setattr(module, "Worker", Fake)
+    monkeypatch.setattr(module.cuda, "machine", lambda: BOX)
+    monkeypatch.setattr(module.Trees, "partly", lambda *_: Path("published"))
+    monkeypatch.setattr(module.Trees, "patched", lambda *_: Path("patched"))
+    module.measure(contents)
 
 
 class Page(HTMLParser):
@@ -120,10 +154,13 @@ def clone(tmp_path: Path) -> Catalog:
     return catalog.load(tmp_path / "patches")
 
 
-def add(clone: Catalog, what: str, contents: dict[str, Any], date: str = "2026-11-22T06:00:00+00:00") -> Path:
-    path = clone.clone() / "results" / f"bench-{what}-{date[:10]}.json"
-    path.write_text(json.dumps({**HEAD, "date": date, **contents}))
-    return path
+def add(clone: Catalog, what: str, contents: dict[str, Any], date: str = DATE) -> Path:
+    """A result of that day."""
+    path = benchmarks.write(clone.clone(), what, {"complete": True, "seconds": 240.0, **contents})
+    dated = path.with_name(f"bench-{what}-{date[:10]}.json")
+    dated.write_text(json.dumps(json.loads(path.read_text()) | {"date": date}))
+    path.unlink()
+    return dated
 
 
 def test_page_without_benchmarks(clone: Catalog) -> None:
@@ -144,11 +181,11 @@ def test_page_of_patches_that_nobody_saw(clone: Catalog) -> None:
     assert "green" not in "".join(page.words).replace("green on the patched tree", "")
 
 
-def test_page_with_every_benchmark(clone: Catalog) -> None:
+def test_page_with_every_benchmark(clone: Catalog, overhead: dict[str, Any], reuse: dict[str, Any]) -> None:
     for path in (ROOT / "results").glob("bench-t*.json"):
         shutil.copy(path, clone.clone() / "results")
-    add(clone, "overhead", OVERHEAD | GPU)
-    add(clone, "mtp-reuse", REUSE | GPU)
+    add(clone, "overhead", overhead)
+    add(clone, "mtp-reuse", reuse)
     text = report.page(clone)
     page = Page(text)
     assert page.headings[2:] == [
@@ -163,12 +200,53 @@ def test_page_with_every_benchmark(clone: Catalog) -> None:
     assert "fill&lt;int&gt;" in text
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
-    # The one that changes the work is in the tables, not in the plot of those that should not.
-    assert [name for name, _ in figures.steady(OVERHEAD)] == [
-        "DeepSeek-V4, decode, 5 in 8",
-        "DeepSeek-V4, prefill, 5 in 8",
-    ]
+    # The case that changes the work is in the tables, not in the plot of those that should not.
     assert "GLM, layers share, 5 in 8 (other work)" in text
+    assert "GLM, layers share, decode" not in text
+
+
+def test_overhead_compares_the_two_trees(overhead: dict[str, Any]) -> None:
+    assert overhead["gpu"] == BOX.gpu
+    assert {name.partition(",")[0] for name, _ in figures.steady(overhead)} == {
+        "DeepSeek-V4",
+        "gpt-oss",
+        "GLM",
+    }
+    for case in overhead["cases"]:
+        for batch in case["batches"]:
+            assert batch["decode"]["gpu"]["ratio"] == pytest.approx(1.001)
+            assert batch["decode"]["wall"]["ratio"] == 1
+            assert batch["replay"]["ran"]["more"] == {"fill<int>": 1}
+            assert batch["replay"]["launched"]["more"] == {}
+            assert batch["captured"] >= batch["batch"]
+    grown = [each["patched"] / each["published"] for each in overhead["buffers"]]
+    assert grown == [2, 2, 1]
+    assert all(each["patched"] == each["needed"] for each in overhead["buffers"])
+
+
+def test_a_case_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: Fake, model: str, **_arguments: Any) -> dict[str, Any]:
+        if model == "gpt_oss":
+            raise WorkerError("no memory")
+        return {"graphs": [8]}
+
+    monkeypatch.setattr(Fake, "load", load)
+    monkeypatch.setattr(Fake, "__exit__", lambda *_: None)
+    contents: dict[str, Any] = {}
+    with pytest.raises(SystemExit, match="did not run: gpt-oss"):
+        measured_into(contents, "bench_overhead", monkeypatch)
+    assert contents["failed"] == {"gpt-oss": "no memory"}
+    assert len(contents["cases"]) == 3
+    assert len(contents["buffers"]) == 3
+
+
+def test_reuse_is_judged_by_what_the_indexer_takes(reuse: dict[str, Any]) -> None:
+    assert len(reuse["iterations"]) == 36
+    for each in reuse["iterations"]:
+        graph = each["graph"]
+        assert graph["indexer speedup"] == pytest.approx(each["steps"] - 1)
+        assert graph["of the limit"] == pytest.approx(1 - 1 / (each["steps"] - 1))
+        assert graph["limit"] < graph["ratio"] < 1
 
 
 def test_report_writes_a_file(command: Command, tmp_path: Path) -> None:
@@ -183,11 +261,11 @@ def test_report_of_an_installed_package(tables: Catalog, tmp_path: Path) -> None
         report.page(installed)
 
 
-def test_figures_are_of_the_newest_complete_run(clone: Catalog) -> None:
+def test_figures_are_of_the_newest_complete_run(clone: Catalog, overhead: dict[str, Any]) -> None:
     root = clone.clone()
     assert figures.sentences(root) == []
-    add(clone, "overhead", OVERHEAD | GPU, "2026-11-20T06:00:00+00:00")
-    newest = add(clone, "overhead", OVERHEAD | GPU, "2026-11-21T06:00:00+00:00")
+    add(clone, "overhead", overhead, "2026-11-20T06:00:00+00:00")
+    newest = add(clone, "overhead", overhead, "2026-11-21T06:00:00+00:00")
     add(clone, "overhead", {"complete": False}, "2026-11-22T06:00:00+00:00")
     (sentence,) = figures.sentences(root)
     assert "1.001 to 1.001" in sentence
