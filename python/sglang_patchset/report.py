@@ -55,7 +55,8 @@ svg path { fill: none; stroke-width: 2; } svg .dash { stroke-dasharray: 4 3; str
 .f0 { fill: var(--c0); } .f1 { fill: var(--c1); } .f2 { fill: var(--c2); } .f3 { fill: var(--c3); }
 svg .s0 { stroke: var(--c0); } svg .s1 { stroke: var(--c1); } svg .s2 { stroke: var(--c2); }
 svg .s3 { stroke: var(--c3); }
-.key { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .8125rem; color: var(--dim); }
+.key { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin-top: 1rem; font-size: .8125rem;
+  color: var(--dim); }
 .key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .35rem; }
 .k0 { background: var(--c0); } .k1 { background: var(--c1); } .k2 { background: var(--c2); }
 .k3 { background: var(--c3); }
