@@ -20,7 +20,7 @@ from sglang_patchset.catalog import Catalog
 from sglang_patchset.cuda import Machine
 from sglang_patchset.errors import PatchsetError
 
-from .conftest import ROOT, Command
+from .conftest import ROOT, Command, digest, from_copy
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from gpu_bench.process import Worker, WorkerError
@@ -324,3 +324,16 @@ def test_worker_answers_fails_and_ends(tmp_path: Path) -> None:
         assert worker.ask("add", number=3) == 8
         with pytest.raises(WorkerError, match=r"the worker ended\n(.|\n)*noise on stdout"):
             worker.ask("exit")
+
+
+def test_made_up_release_is_one_that_the_tool_patches(tmp_path: Path) -> None:
+    """What bench_tool.py measures growth on: our tree and the one of `git apply` become the same."""
+    module = script("bench_tool")
+    project = module.made_up(tmp_path, 3, 12)
+    assert from_copy(project, "status", tmp_path / "mine").code == 1
+    assert from_copy(project, "apply", tmp_path / "mine").code == 0
+    module.bare(sorted((project / "patches" / module.VERSION).glob("*.patch")), tmp_path / "theirs")
+    mine, theirs = (digest(tmp_path / each / "sglang" / "srt") for each in ("mine", "theirs"))
+    assert mine == theirs
+    assert len([path for path in mine if path.endswith(".py")]) == 12
+    assert from_copy(project, "revert", tmp_path / "mine").code == 0
