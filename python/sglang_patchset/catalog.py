@@ -49,13 +49,20 @@ class Suite:
 
     `reds` maps version specifiers (PEP 440) to the tests that fail on those releases as published, each with
     a regular expression for its failure's text. `gpus` is how many GPUs they take. `behind` names fixes
-    without which the bug cannot be reached: they are in the tree that the tests are red on.
+    without which the bug cannot be reached: they are in the tree that the tests are red on. `own_packages`
+    are version specifiers too, of the releases that the tests can say something of only where the torch and
+    the transformers are those that the release runs with.
     """
 
     test: str
     reds: Mapping[str, Mapping[str, str]]
     gpus: int = 0
     behind: tuple[str, ...] = ()
+    own_packages: tuple[str, ...] = ()
+
+    def needs_own_packages(self, version: Version) -> bool:
+        """Whether the tests take that release's own torch and transformers."""
+        return any(version in SpecifierSet(versions) for versions in self.own_packages)
 
     def reds_of(self, version: Version) -> Mapping[str, str]:
         """The tests that fail on that release as published, with their signatures."""
@@ -124,15 +131,11 @@ class Release:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Both tables; `root` is the directory that holds them and each release's series.
-
-    `references` are later releases, without a series, on which upstream's own fixes are tested.
-    """
+    """Both tables; `root` is the directory that holds them and each release's series."""
 
     root: Path
     default: Release
     releases: Mapping[Version, Release]
-    references: Mapping[Version, Release]
     fixes: Mapping[str, Fix]
 
     def pinned(self) -> str:
@@ -182,26 +185,26 @@ def load(root: Path | None = None) -> Catalog:
     """
     root = root or _patches_dir()
     with _reading(root / "releases.toml") as text:
-        default, releases, references = parse_releases(text)
+        default, releases = parse_releases(text)
     with _reading(root / "fixes.toml") as text:
         table = Table(tomllib.loads(text))
         fixes = {name: _fix(name, table) for name in table}
         for suite in (suite for fix in fixes.values() for suite in fix.cuda):
             must(all(name in fixes for name in suite.behind), "behind names a fix that is not there")
-    return Catalog(root, releases[default], releases, references, fixes)
+    return Catalog(root, releases[default], releases, fixes)
 
 
-def parse_releases(text: str) -> tuple[Version, dict[Version, Release], dict[Version, Release]]:
-    """The default release, the pinned releases and the references, of the text of `releases.toml`.
+def parse_releases(text: str) -> tuple[Version, dict[Version, Release]]:
+    """The default release and the pinned releases, of the text of `releases.toml`.
 
     Raises:
         ValueError: it is none.
     """
     table = Table(tomllib.loads(text))
-    releases, references = (_releases(table.table(key, {})) for key in ("releases", "references"))
+    releases = _releases(table.table("releases"))
     default = Version(table.text("default"))
     must(default in releases, "default is not one of the releases")
-    return default, releases, references
+    return default, releases
 
 
 @contextmanager
@@ -246,7 +249,10 @@ def _suite(entry: Table) -> Suite:
         versions: {name: pattern(tests.text(name)) for name in tests}
         for versions, tests in entry.by_versions("reds", {}).items()
     }
-    return Suite(test, reds, entry.number("gpus", 0), entry.texts("behind"))
+    own_packages = entry.texts("own-packages")
+    for versions in own_packages:
+        SpecifierSet(versions)
+    return Suite(test, reds, entry.number("gpus", 0), entry.texts("behind"), own_packages)
 
 
 def _releases(table: Table) -> dict[Version, Release]:

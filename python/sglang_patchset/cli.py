@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0; 1 where `status` finds a vulnerable fix, `verify` a cell that does not hold,
-        `rebase` a conflict, or the output cannot be written; 2 where `status` cannot tell, or for a refusal;
-        130 for Ctrl-C.
+        The exit code: 0; 1 where `status` finds a vulnerable fix, `verify` a cell that does not hold, or
+        none that can be run, `rebase` a conflict, or the output cannot be written; 2 where `status` cannot
+        tell, or for a refusal; 130 for Ctrl-C.
     """
     # Written at the end: a failure of the output is none of the verb.
     output = io.StringIO()
@@ -165,12 +165,11 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("verify", help="red on the published release, green on the patched one")
     verb.add_argument("fixes", nargs="*", metavar="FIX", help="default: all")
-    versions = [*tables.releases, *tables.references]
     verb.add_argument(
         "--release",
-        choices=list(map(str, versions)),
+        choices=list(map(str, tables.releases)),
         metavar="RELEASE",
-        help=f"one of {', '.join(map(str, versions))} (default: all)",
+        help=f"one of {tables.pinned()} (default: all)",
     )
     verb.add_argument("--json", action="store_true", help="for machines")
     verb.set_defaults(run=_verify)
@@ -308,11 +307,10 @@ def _verify(tables: Catalog, options: argparse.Namespace) -> int:
     colours = {Outcome.RED: "red", Outcome.GREEN: "green", Outcome.NOT_RUN: "yellow"}
     fixes = [tables.fix(name) for name in options.fixes] or list(tables.fixes.values())
     chosen = [
-        release
-        for version, release in {**tables.releases, **tables.references}.items()
-        if options.release in (None, str(version))
+        release for version, release in tables.releases.items() if options.release in (None, str(version))
     ]
     verdicts = verify.run(tables, fixes, chosen, tables.root.parent / ".cache" / "trees")
+    ran = [verdict for verdict in verdicts if verdict.outcome is not Outcome.NOT_RUN]
     if options.json:
         values = [asdict(verdict) | {"holds": verdict.holds} for verdict in verdicts]
         print(json.dumps(values, indent=2, default=lambda value: value.value))
@@ -333,8 +331,9 @@ def _verify(tables: Catalog, options: argparse.Namespace) -> int:
                 for each in verdicts
             ],
         )
+        print(f"{len(ran)} of {len(verdicts)} run, {sum(verdict.holds for verdict in ran)} as they should be")
         _print_gaps(fixes, [release.version for release in chosen])
-    return 0 if verdicts and all(verdict.holds for verdict in verdicts) else 1
+    return 0 if ran and all(verdict.holds for verdict in verdicts) else 1
 
 
 def _red_signatures(verdict: Verdict) -> str:

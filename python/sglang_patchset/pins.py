@@ -22,13 +22,11 @@ from sglang_patchset.targets import Wheel
 
 # What decides whether a release's patch can matter, or its tests can run.
 _RUNS_WITH = ("torch", "transformers", "torchao", "sglang-kernel", "flashinfer-python")
-_HEADER = re.compile(r'^\[(?P<table>releases|references)\."(?P<version>[^"]+)"\]$')
+_HEADER = re.compile(r'^\[releases\."(?P<version>[^"]+)"\]$')
 
 
 def pin(catalog: Catalog, name: str, find_links: Path | None = None) -> Release:
     """Add a release to `releases.toml`, with an empty series.
-
-    A reference becomes a pinned release.
 
     Args:
         find_links: a directory of wheels to use in place of the package index.
@@ -175,16 +173,10 @@ def _compare(pinned: Release, found: Release) -> None:
 def _inserted(text: str, release: Release) -> str:
     """The table with one more release, in the order of versions, everything else as it was."""
     lines = text.splitlines(keepends=True)
-    places = [(number, match) for number, line in enumerate(lines) if (match := _HEADER.match(line.rstrip()))]
-    starts = [number for number, _ in places]
-    # A reference's entry goes; the comment above the references stays.
-    for (number, match), end in reversed(list(zip(places, [*starts[1:], len(lines)], strict=True))):
-        if match["table"] == "references" and Version(match["version"]) == release.version:
-            del lines[number:end]
     later = (
         number
-        for number, match in places
-        if match["table"] == "references" or Version(match["version"]) > release.version
+        for number, line in enumerate(lines)
+        if (match := _HEADER.match(line.rstrip())) and Version(match["version"]) > release.version
     )
     place = next(later, len(lines))
     while place and lines[place - 1].startswith("#"):
@@ -206,13 +198,9 @@ def _entry(release: Release) -> str:
 
 def _check_table(catalog: Catalog, text: str, release: Release) -> None:
     """See that the new table says what the old one did and the new release, in order."""
-    default, pinned, references = parse_releases(text)
+    default, pinned = parse_releases(text)
     expected = {**catalog.releases, release.version: release}
-    if (
-        default != catalog.default.version
-        or list(pinned.items()) != sorted(expected.items())
-        or references != {key: value for key, value in catalog.references.items() if key != release.version}
-    ):
+    if default != catalog.default.version or list(pinned.items()) != sorted(expected.items()):
         raise PatchsetError(
             f"{catalog.root / 'releases.toml'}: not in the form that an entry can be added to: add it by hand"
         )

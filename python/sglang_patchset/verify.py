@@ -19,9 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from xml.etree import ElementTree
+
+from packaging.version import Version
 
 from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release, Suite
@@ -92,7 +94,6 @@ class Verdict:
     expected: Outcome
     outcome: Outcome
     seconds: float
-    is_reference: bool
     detail: str = ""
     signatures: Mapping[str, str] = field(default_factory=dict)
     measured: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -102,23 +103,20 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the matrix is right about this; a later release need not import in this environment."""
-        imports = self.passed + self.skipped > 0
-        return self.outcome is self.expected or (
-            self.is_reference and self.outcome is Outcome.NOT_RUN and not imports
-        )
+        """Whether nothing speaks against the matrix here; where this could not be run, nothing does."""
+        return self.outcome is self.expected
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one suite has to say about one tree of one release."""
+    """What one suite has to say about one tree of one release; `hindrance` is why it cannot be run here."""
 
     release: Release
     fix: Fix
     suite: Suite
     tree: Tree
     expected: Outcome
-    is_reference: bool = False
+    hindrance: str = ""
 
 
 def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], trees: Path) -> list[Verdict]:
@@ -140,20 +138,26 @@ def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], tre
                 f"or correct `test` of {fix.name} in fixes.toml"
             )
     shelf = Trees(catalog, trees)
-    groups = grouped(catalog, fixes, releases, shelf)
+    groups = grouped(fixes, releases, shelf)
     with Runner(clone) as runner, ThreadPoolExecutor(os.cpu_count()) as pool:
         # There are as many processes as cores.
         results = [pool.submit(runner.verify, path, cells, ONE_THREAD) for path, cells in groups]
         verdicts = runner.wait(pool, results)
     whose = [(path, cell) for path, cells in groups for cell in cells]
-    return [
+    judged = iter(
         _without_patch(catalog, cell, _without_code(catalog, shelf, path, cell, verdict))
         for (path, cell), verdict in zip(whose, verdicts, strict=True)
+    )
+    return [
+        _verdict(cell, Outcome.NOT_RUN, {}, cell.hindrance) if cell.hindrance else next(judged)
+        for release in releases
+        for tree in Tree
+        for cell in _cells(release, tree, fixes)
     ]
 
 
 def grouped(
-    catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], shelf: Trees
+    fixes: Sequence[Fix], releases: Sequence[Release], shelf: Trees
 ) -> list[tuple[Path, list[Cell]]]:
     """Each tree, with the cells that one process runs on it: importing SGLang takes longer than most tests.
 
@@ -163,7 +167,7 @@ def grouped(
     groups = []
     for release in releases:
         for tree in Tree:
-            if cells := list(_cells(catalog, release, tree, fixes)):
+            if cells := [cell for cell in _cells(release, tree, fixes) if not cell.hindrance]:
                 path = shelf.patched(release) if tree is Tree.PATCHED else shelf.published(release)
                 groups.append((path, cells))
     return groups
@@ -213,16 +217,31 @@ def _check_interpreter() -> None:
         )
 
 
-def _cells(catalog: Catalog, release: Release, tree: Tree, fixes: Iterable[Fix]) -> Iterator[Cell]:
-    is_reference = release.version in catalog.references
+def _cells(release: Release, tree: Tree, fixes: Iterable[Fix]) -> Iterator[Cell]:
     for fix in fixes:
         cell = fix.cell(release.version)
-        if cell is None:
+        if cell is None or (tree is Tree.PATCHED and cell.state is not CellState.PATCH):
             continue
-        if tree is Tree.PUBLISHED:
-            yield Cell(release, fix, fix.suite, tree, _EXPECTED[cell.state], is_reference)
-        elif cell.state is CellState.PATCH:
-            yield Cell(release, fix, fix.suite, tree, Outcome.GREEN, is_reference)
+        expected = Outcome.GREEN if tree is Tree.PATCHED else _EXPECTED[cell.state]
+        hindrance = _hindrance(release, fix.suite)
+        yield Cell(release, fix, fix.suite, tree, Outcome.NOT_RUN if hindrance else expected, hindrance)
+
+
+def _hindrance(release: Release, suite: Suite) -> str:
+    """Why this Python and its packages cannot run a suite on a release; empty where they can."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if python not in release.python:
+        return f"SGLang {release.version} has no wheel for Python {python}"
+    if not suite.needs_own_packages(release.version):
+        return ""
+    lacking = {
+        name: (release.runs_with[name], found)
+        for name in ("torch", "transformers")
+        if Version(found := metadata.version(name)).public != release.runs_with[name]
+    }
+    needed = " and ".join(f"{name} {wanted}" for name, (wanted, _) in lacking.items())
+    installed = " and ".join(found for _, found in lacking.values())
+    return f"on SGLang {release.version} this test needs {needed}: here is {installed}" if lacking else ""
 
 
 class Runner:
@@ -385,9 +404,6 @@ def _judge(cell: Cell, cases: Mapping[str, Case], output: str) -> Verdict:
     if not cases:
         last = output.strip().splitlines()[-1:] or ["pytest printed nothing"]
         return _verdict(cell, Outcome.ERROR, cases, f"no test ran: {last[0]}")
-    if "" in failed and cell.is_reference:
-        # A later release may need later dependencies.
-        return _verdict(cell, Outcome.NOT_RUN, cases, _last_line(failed[""][0]))
     if not passed and not failed:
         reasons = sorted({text for case in cases.values() for text in case.texts})
         return _verdict(cell, Outcome.NOT_RUN, cases, f"every test skips: {'; '.join(reasons)}")
@@ -433,7 +449,6 @@ def _verdict(
         expected=cell.expected,
         outcome=outcome,
         seconds=round(sum(case.seconds for case in cases.values()), 1),
-        is_reference=cell.is_reference,
         detail=detail,
         signatures=signatures or {},
         measured={name: case.measured for name, case in cases.items() if case.measured},

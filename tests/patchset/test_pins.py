@@ -18,7 +18,7 @@ from packaging.version import Version
 from sglang_patchset import catalog
 from sglang_patchset.catalog import Catalog
 
-from .conftest import ROOT, digest, from_copy
+from .conftest import digest, from_copy
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def take_out(project: Path, release: str) -> str:
     table = project / "patches" / "releases.toml"
     text = table.read_text()
     start = text.index(f'[releases."{release}"]\n')
-    after = re.search(r'\n(?=# |\[(releases|references)\."[^"]+"\]\n)', text[start:])
-    assert after, "the references come last"
+    after = re.search(r'\n(?=\[releases\."[^"]+"\]\n)', text[start:])
+    assert after, "not the last one"
     end = start + after.end()
     table.write_text(text[:start] + text[end:])
     return text[start:end]
@@ -61,7 +61,6 @@ def test_what_was_pinned_by_hand(
     after = catalog.load(project / "patches")
     expected, name = tables.releases[version], wheels[release].name
     assert list(after.releases) == list(tables.releases)
-    assert after.references == tables.references
     found = after.releases[version]
     assert found.wheels[name] == expected.wheels[name]
     assert replace(
@@ -139,25 +138,6 @@ def test_a_package_index(project: Path, shelf: Path, monkeypatch: pytest.MonkeyP
         server.server_close()
     assert "pip cannot reach " in from_copy(project, "pin", "0.5.99").refusal()
     assert digest(project / "patches") == before
-
-
-def test_a_reference_becomes_a_release(project: Path, shelf: Path, tables: Catalog) -> None:
-    table = project / "patches" / "releases.toml"
-    entry = take_out(project, "0.5.12.post1")
-    with table.open("a") as file:
-        file.write("\n" + entry.replace("releases.", "references.").rstrip("\n") + "\n")
-    assert list(catalog.load(project / "patches").references) == [
-        *tables.references,
-        Version("0.5.12.post1"),
-    ]
-    assert from_copy(project, "pin", "0.5.12.post1", "--find-links", shelf).code == 0
-    after = catalog.load(project / "patches")
-    assert list(after.releases) == list(tables.releases)
-    assert after.references == tables.references
-    comments = [line for line in table.read_text().splitlines() if line.startswith("#")]
-    original = (ROOT / "patches" / "releases.toml").read_text().splitlines()
-    assert comments == [line for line in original if line.startswith("#")]
-    assert from_copy(project, "list").code == 0
 
 
 def test_a_release_that_nobody_has_looked_at(

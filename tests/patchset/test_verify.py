@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from sglang_patchset import verify
+from sglang_patchset import catalog, verify
 from sglang_patchset.catalog import Catalog, Cell, CellState, Fix, Suite
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.verify import Outcome, Verdict
@@ -192,14 +192,49 @@ def test_import_error_is_no_red(bug: Catalog) -> None:
     assert "the import fails: NameError: name 'unknown' is not defined" in red.detail
 
 
-def test_later_release_that_does_not_import(bug: Catalog) -> None:
-    release = bug.releases[Version("0.5.12")]
-    cells = {"==0.5.12": Cell(CellState.UPSTREAM)}
-    tables = dataclasses.replace(_with(bug, cells=cells, reds={}), references={release.version: release})
+def _installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    monkeypatch.setattr(verify.metadata, "version", versions.__getitem__)
+
+
+def test_release_that_needs_its_own_packages(bug: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others are installed, neither tree is run, and nothing passes for proved."""
+    fix = bug.fixes["bug"]
+    suite = dataclasses.replace(fix.suite, own_packages=("==0.5.12",))
+    tables = dataclasses.replace(bug, fixes={"bug": dataclasses.replace(fix, suite=suite)})
     _tree(bug.root.parents[1] / "trees" / "published", "unknown")
-    (verdict,) = _verify(tables)
-    assert (verdict.outcome, verdict.holds) == (Outcome.NOT_RUN, True)
-    assert "NameError" in verdict.detail
+    _installed(monkeypatch, torch="2.10.0+cpu", transformers="5.6.0")
+    for verdict in _verify(tables):
+        assert (verdict.outcome, verdict.holds, verdict.passed) == (Outcome.NOT_RUN, True, 0)
+        assert verdict.detail == "on SGLang 0.5.12 this test needs torch 2.11.0: here is 2.10.0+cpu"
+    # The same packages but for the build; then it is an error that the tree does not import.
+    _installed(monkeypatch, torch="2.11.0+cpu", transformers="5.6.0")
+    assert next((each.outcome, each.holds) for each in _verify(tables)) == (Outcome.ERROR, False)
+
+
+def test_release_without_a_wheel_for_this_python(bug: Catalog) -> None:
+    version = Version("0.5.12")
+    release = dataclasses.replace(bug.releases[version], python=("3.99",))
+    tables = dataclasses.replace(bug, releases={**bug.releases, version: release})
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert [(each.outcome, each.holds, each.detail) for each in _verify(tables)] == [
+        (Outcome.NOT_RUN, True, f"SGLang 0.5.12 has no wheel for Python {python}")
+    ] * 2
+
+
+def test_what_is_not_run_is_counted(bug: Catalog, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix = bug.fixes["bug"]
+    other = dataclasses.replace(fix.suite, own_packages=("==0.5.12",))
+    fixes = {"bug": fix, "other": dataclasses.replace(fix, name="other", suite=other)}
+    monkeypatch.setattr(catalog, "load", lambda: dataclasses.replace(bug, fixes=fixes))
+    _installed(monkeypatch, torch="2.10.0", transformers="5.5.0")
+    result = command("verify", "--release", "0.5.12")
+    assert result.code == 0
+    assert result.out.endswith("\n2 of 4 run, 2 as they should be\n")
+    needed = "needs torch 2.11.0 and transformers 5.6.0: here is 2.10.0 and 5.5.0"
+    assert result.out.count(needed) == 2
+    # Where nothing can be run, nothing is proved.
+    result = command("verify", "other", "--release", "0.5.12")
+    assert (result.code, result.out.splitlines()[-1]) == (1, "0 of 2 run, 0 as they should be")
 
 
 @pytest.fixture

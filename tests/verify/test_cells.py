@@ -12,7 +12,7 @@ from sglang_patchset.catalog import CellState
 from sglang_patchset.verify import Outcome, Tree, Verdict
 
 TABLES = catalog.load()
-RELEASES = [*TABLES.releases.values(), *TABLES.references.values()]
+RELEASES = list(TABLES.releases.values())
 TREES = Path(__file__).parents[2] / ".cache" / "trees"
 
 _EXPECTED = {
@@ -44,6 +44,8 @@ def test_cell(
     verdicts: Mapping[tuple[str, str, Tree], Verdict], cell: tuple[str, str, Tree], outcome: Outcome
 ) -> None:
     verdict = verdicts[cell]
+    if verdict.expected is Outcome.NOT_RUN:
+        pytest.skip(f"not run: {verdict.detail}")
     assert verdict.outcome is outcome, verdict.detail
     assert bool(verdict.passed) == (outcome is not Outcome.ABSENT)
     if outcome is Outcome.RED:
