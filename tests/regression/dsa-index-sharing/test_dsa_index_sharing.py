@@ -35,7 +35,7 @@ from sglang.test.test_utils import CustomTestCase, maybe_stub_sgl_kernel
 
 maybe_stub_sgl_kernel()
 
-from sglang.srt.batch_overlap.two_batch_overlap import TboForwardBatchPreparer
+from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
 from sglang.srt.layers.communicator import AttentionInputs, get_attn_tp_context
@@ -59,6 +59,11 @@ except ImportError:
 
     SparseAttnBackend = sparse_backend.NativeSparseAttnBackend
     SPARSE_BACKEND = "nsa"
+
+try:  # since 0.5.14
+    from sglang.srt.model_executor import runner as graph_runner
+except ImportError:
+    from sglang.srt.model_executor import cuda_graph_runner as graph_runner
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
@@ -355,6 +360,9 @@ class StubCommunicator:
         )
         return hidden_states, hidden_states if residual is None else residual
 
+    # Since 0.5.14; it captures for EAGLE3 alone.
+    prepare_attn_and_capture_last_layer_outputs = prepare_attn
+
     def prepare_mlp(self, hidden_states, residual, forward_batch, *args, **kwargs):
         return hidden_states, residual
 
@@ -473,6 +481,8 @@ class RecordingBackend:
     """An attention backend that writes down the indices each layer attends to."""
 
     use_mha = False
+    # The backend says it since 0.5.15.
+    prefill_attention_backend_str = decode_attention_backend_str = SPARSE_BACKEND
 
     def __init__(self):
         self.topk_indices = {}
@@ -524,6 +534,18 @@ def make_decode_batch(seq_lens, **kwargs):
     )
 
 
+def one_rank():
+    """A process without a process group; since 0.5.14 one place says its ranks."""
+    try:
+        from sglang.srt.runtime_context import get_parallel
+    except ImportError:
+        return nullcontext()
+    names = ("tp", "moe_ep", "attn_tp", "attn_cp", "attn_dp")
+    return get_parallel().override(
+        **{f"{name}_size": 1 for name in names}, **{f"{name}_rank": 0 for name in names}
+    )
+
+
 class ModelTestCase(ConfigOnDiskTestCase):
     @classmethod
     def setUpClass(cls):
@@ -538,6 +560,7 @@ class ModelTestCase(ConfigOnDiskTestCase):
         stack = ExitStack()
         self.addCleanup(stack.close)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(one_rank())
         # Compiling takes longer than everything else here.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -743,9 +766,8 @@ class TestGate(GateTests, GateTestCase):
         )
         with (
             attention_backend(backend, batch),
-            patch(
-                "sglang.srt.model_executor.cuda_graph_runner.get_is_capture_mode",
-                return_value=self.capture_mode,
+            patch.object(
+                graph_runner, "get_is_capture_mode", return_value=self.capture_mode
             ),
             patch("torch.cuda.current_stream", MagicMock()),
             patch("torch.cuda.stream", lambda stream: nullcontext()),
@@ -868,6 +890,9 @@ def make_fa3_backend(lengths):
     backend = object.__new__(SparseAttnBackend)
     backend.num_splits = 0
     backend.use_mha = False
+    backend.use_fused_topk = True
+    for phase in ("prefill", "decode"):
+        setattr(backend, f"{phase}_attention_backend_str", SPARSE_BACKEND)
     backend.hisparse_coordinator = None
     backend.token_to_kv_pool = StubKVPool()
     metadata = {"cache_seqlens_int32": lengths}
@@ -927,11 +952,18 @@ class DraftWorker:
             speculative_num_draft_tokens=steps + 1,
             hot_token_id=None,
             device="cpu",
-            server_args=SimpleNamespace(speculative_algorithm="EAGLE"),
+            server_args=SimpleNamespace(
+                speculative_algorithm="EAGLE", speculative_use_rejection_sampling=False
+            ),
+            # Whether an iteration begins with a draft extend's indices, since 0.5.15.
+            seed_dsa_topk_from_draft_extend=False,
             model_config=self.runner.model_config,
             draft_model_runner=self.runner,
             draft_runner=self.runner,
             draft_attn_backend=SimpleNamespace(attn_backends=[]),
+            # Read from the configuration by the worker since 0.5.13.post1.
+            index_share_for_mtp_iteration=topk == 1
+            and getattr(config, "index_share_for_mtp_iteration", False),
             # Constants of a chain, prepared by the worker since 0.5.13.
             _topk1_parents_prealloc=torch.arange(-1, steps - 1).repeat(8, 1),
             _topk1_score_indices_prealloc=torch.arange(steps).repeat(8, 1),
@@ -1245,12 +1277,12 @@ class TestTwoBatchOverlapFilter(ModelTestCase):
         backend = TboAttnBackend(MagicMock(), [MagicMock(), MagicMock()])
         with (
             attention_backend(backend, batch),
-            patch(
-                "sglang.srt.batch_overlap.two_batch_overlap.get_attention_tp_size",
-                return_value=1,
+            # Until 0.5.13; one_rank says it since.
+            patch.object(
+                two_batch_overlap, "get_attention_tp_size", lambda: 1, create=True
             ),
         ):
-            TboForwardBatchPreparer.prepare_raw(
+            two_batch_overlap.TboForwardBatchPreparer.prepare_raw(
                 batch, tbo_children_num_token_non_padded=torch.tensor([2, 2])
             )
         return batch.tbo_children

@@ -236,6 +236,41 @@ class LayerContexts(ExpertDistributionRecorder):
         yield
 
 
+def set_piecewise_cuda_graphs(server_args, enabled):
+    try:  # since 0.5.14
+        from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
+    except ImportError:
+        server_args.disable_piecewise_cuda_graph = not enabled
+    else:
+        prefill = {"backend": "tc_piecewise" if enabled else "disabled"}
+        server_args.cuda_graph_config = CudaGraphConfig.from_dict({"prefill": prefill})
+
+
+@contextmanager
+def one_rank():
+    """Says that there are no other ranks; since 0.5.14 one place says it."""
+    try:
+        from sglang.srt.runtime_context import get_parallel
+    except ImportError:
+        with (
+            patch.object(deepseek_v4, "get_attention_dp_size", lambda: 1),
+            patch.object(deepseek_v4_nextn, "get_attention_dp_size", lambda: 1),
+        ):
+            yield
+    else:
+        with get_parallel().override(attn_dp_size=1):
+            yield
+
+
+def global_server_args(server_args):
+    """As the process-wide arguments; since 0.5.15 they lie in a context."""
+    if hasattr(server_args_module, "_global_server_args"):
+        return patch.object(server_args_module, "_global_server_args", server_args)
+    from sglang.srt.runtime_context import get_context
+
+    return patch.object(get_context(), "_server_args", server_args)
+
+
 class RecorderTestCase(CustomTestCase):
     @classmethod
     def setUpClass(cls):
@@ -267,15 +302,18 @@ class RecorderTestCase(CustomTestCase):
             patch.object(torch, "get_device_module", lambda *args: gpu),
             patch.object(expert_distribution, "get_device", lambda: "cpu"),
             patch.object(topk_module, "_is_cuda", False),
+            # A kernel for them all since 0.5.14.
+            patch.object(
+                topk_module, "_can_fuse_padded_region", lambda x: False, create=True
+            ),
             envs.SGLANG_OPT_USE_FUSED_HASH_TOPK.override(False),
             envs.SGLANG_OPT_USE_JIT_KERNEL_FUSED_TOPK.override(False),
             torch.compiler.set_stance("force_eager"),
             # What other ranks would be.
-            patch.object(deepseek_v4, "get_attention_dp_size", lambda: 1),
-            patch.object(deepseek_v4_nextn, "get_attention_dp_size", lambda: 1),
+            one_rank(),
             envs.SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR.override(directory.name),
             # The process-wide state.
-            patch.object(server_args_module, "_global_server_args", None),
+            global_server_args(None),
             patch.object(expert_location, "_global_expert_location_metadata", None),
             patch.object(
                 expert_distribution, "_global_expert_distribution_recorder", None
@@ -298,8 +336,8 @@ class RecorderTestCase(CustomTestCase):
             expert_distribution_recorder_buffer_size=-1,
             chunked_prefill_size=8,
             ep_dispatch_algorithm="static" if num_redundant_experts else None,
-            disable_piecewise_cuda_graph=disable_piecewise_cuda_graph,
         )
+        set_piecewise_cuda_graphs(server_args, not disable_piecewise_cuda_graph)
         server_args_module.set_global_server_args_for_scheduler(server_args)
         self.metadata = expert_location_metadata(num_layers, num_redundant_experts)
         expert_location.set_global_expert_location_metadata(self.metadata)

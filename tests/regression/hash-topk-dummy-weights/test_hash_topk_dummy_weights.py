@@ -82,16 +82,21 @@ class DummyMoE(nn.Module):
         self.gate = nn.Linear(8, topk.num_experts, bias=False)
 
 
+def global_server_args(server_args):
+    """As the process-wide arguments; since 0.5.15 they lie in a context."""
+    if hasattr(server_args_module, "_global_server_args"):
+        return patch.object(server_args_module, "_global_server_args", server_args)
+    from sglang.srt.runtime_context import get_context
+
+    return patch.object(get_context(), "_server_args", server_args)
+
+
 @unittest.skipUnless(HAS_HASH_TOPK, "this release has no HashTopK (DeepSeek-V4)")
 class TestHashTopKDummyWeights(CustomTestCase):
     def setUp(self):
         super().setUp()
         for context in (
-            patch.object(
-                server_args_module,
-                "_global_server_args",
-                ServerArgs(model_path="dummy"),
-            ),
+            global_server_args(ServerArgs(model_path="dummy")),
             # The fused kernel needs a GPU; the torch path indexes the same way.
             envs.SGLANG_OPT_USE_FUSED_HASH_TOPK.override(False),
         ):

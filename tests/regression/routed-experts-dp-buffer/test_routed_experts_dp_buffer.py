@@ -58,6 +58,15 @@ def zeros_without_pinning(*args, **kwargs):
     return _torch_zeros(*args, **kwargs)
 
 
+def global_server_args(server_args):
+    """As the process-wide arguments; since 0.5.15 they lie in a context."""
+    if hasattr(server_args_module, "_global_server_args"):
+        return patch.object(server_args_module, "_global_server_args", server_args)
+    from sglang.srt.runtime_context import get_context
+
+    return patch.object(get_context(), "_server_args", server_args)
+
+
 def build_capturer(
     dp_size, chunked_prefill_size, max_running_requests, num_fused_shared_experts=0
 ):
@@ -71,7 +80,7 @@ def build_capturer(
         num_hidden_layers=NUM_LAYERS, num_experts_per_tok=TOPK
     )
     with (
-        patch.object(server_args_module, "_global_server_args", server_args),
+        global_server_args(server_args),
         patch.object(torch, "zeros", zeros_without_pinning),
     ):
         return RoutedExpertsCapturer.create(
@@ -211,7 +220,10 @@ class TestRoutedExpertsDpBuffer(CustomTestCase):
                     )
                     if no_copy_to_cpu:
                         # The overlap scheduler stores the rows later.
-                        output.copy_to_cpu()
+                        if hasattr(output, "copy_to_cpu"):
+                            output.copy_to_cpu()
+                        else:  # since 0.5.15
+                            output.map_device_tensors(torch.Tensor.cpu)
                         output.finalize()
                     self.assertTrue(
                         torch.equal(host_buffer[slots], own_rows),

@@ -8,6 +8,7 @@ the int32 that its consumers expect
 (https://github.com/sgl-project/sglang/pull/24743).
 """
 
+import inspect
 import random
 import unittest
 from types import SimpleNamespace
@@ -23,29 +24,28 @@ maybe_stub_sgl_kernel()
 from sglang.srt import server_args as server_args_module  # noqa: E402
 from sglang.srt.mem_cache import memory_pool  # noqa: E402
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool  # noqa: E402
-from sglang.srt.model_executor import (  # noqa: E402
-    cuda_graph_runner,
-    input_buffers,
-    piecewise_cuda_graph_runner,
-)
-from sglang.srt.model_executor.breakable_cuda_graph_runner import (  # noqa: E402
-    BreakableCudaGraphRunner,
-)
+from sglang.srt.model_executor import input_buffers  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import (  # noqa: E402
     ForwardBatch,
     ForwardMode,
 )
-from sglang.srt.model_executor.piecewise_cuda_graph_runner import (  # noqa: E402
-    PiecewiseCudaGraphRunner,
-)
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm  # noqa: E402
 
-# Since 0.5.13 the graph derives the locations from out_cache_loc, in each forward.
-HAS_SWA_BUFFER = hasattr(cuda_graph_runner, "DecodeInputBuffers")
-if HAS_SWA_BUFFER:
+try:
+    from sglang.srt.model_executor import piecewise_cuda_graph_runner
+    from sglang.srt.model_executor.breakable_cuda_graph_runner import (
+        BreakableCudaGraphRunner,
+    )
     from sglang.srt.model_executor.cuda_graph_runner import DecodeInputBuffers
-else:
+    from sglang.srt.model_executor.piecewise_cuda_graph_runner import (
+        PiecewiseCudaGraphRunner,
+    )
+
+    HAS_SWA_BUFFER = True
+except ImportError:
+    # Since 0.5.13 the locations are derived from out_cache_loc, in each forward.
+    HAS_SWA_BUFFER = False
     from sglang.srt.model_executor.cuda_graph_buffer_registry import (
         build_decode_registry,
     )
@@ -56,6 +56,13 @@ POOL_SIZE = 64
 SWA_POOL_SIZE = 32
 SWA_LAYER, FULL_LAYER = 0, 1
 SEQ_LEN_FILL_VALUE = 1
+HAS_TRANSPOSED_POOL = (
+    "enable_kvcache_transpose" in inspect.signature(SWAKVPool.__init__).parameters
+)
+EXTEND_GRAPHS = {
+    "piecewise_cuda_graph_tokens": [4, 8],
+    "piecewise_cuda_graph_compiler": "eager",
+}
 
 
 def build_pool() -> SWAKVPool:
@@ -69,13 +76,26 @@ def build_pool() -> SWAKVPool:
         head_dim=4,
         swa_attention_layer_ids=[SWA_LAYER],
         full_attention_layer_ids=[FULL_LAYER],
-        enable_kvcache_transpose=False,
         device="cpu",
+        # Until 0.5.14.
+        **({"enable_kvcache_transpose": False} if HAS_TRANSPOSED_POOL else {}),
     )
     mapping = torch.arange(POOL_SIZE + 2) % SWA_POOL_SIZE
     mapping[-1] = -1
     pool.register_mapping(mapping)
     return pool
+
+
+def write(pool: SWAKVPool, layer, full_rows, swa_rows, kv):
+    """Write as the attention backends of the release do."""
+    if hasattr(pool, "set_swa_loc"):
+        pool.set_swa_loc(swa_rows)
+        pool.set_kv_buffer(layer, full_rows, kv, kv)
+    elif hasattr(memory_pool, "KVWriteLoc"):  # since 0.5.14
+        rows = memory_pool.KVWriteLoc(full_rows, swa_rows)
+        pool.set_kv_buffer(layer, rows, kv, kv)
+    else:
+        pool.set_kv_buffer(layer, full_rows, kv, kv, swa_loc=swa_rows)
 
 
 class DecodeGraphInputs:
@@ -94,13 +114,13 @@ class DecodeGraphInputs:
             is_encoder_decoder=False,
             encoder_len_fill_value=0,
             require_mlp_tp_gather=False,
-            dp_size=1,
         )
         if HAS_SWA_BUFFER:
             self.buffers = DecodeInputBuffers.create(
                 hidden_size=8,
                 vocab_size=16,
                 dtype=torch.float32,
+                dp_size=1,
                 pp_size=1,
                 num_tokens_per_bs=num_tokens_per_bs,
                 is_hybrid_swa=pool is not None,
@@ -186,17 +206,25 @@ class StubModelRunner(SimpleNamespace):
         raise BuffersAllocated()
 
 
+def global_server_args(server_args):
+    """As the process-wide arguments; since 0.5.15 they lie in a context."""
+    if hasattr(server_args_module, "_global_server_args"):
+        return patch.object(server_args_module, "_global_server_args", server_args)
+    from sglang.srt.runtime_context import get_context
+
+    return patch.object(get_context(), "_server_args", server_args)
+
+
 class SWAGraphPaddingTestCase(CustomTestCase):
     def setUp(self):
         super().setUp()
         server_args = ServerArgs(
             model_path="dummy",
             device="cpu",
-            piecewise_cuda_graph_tokens=[4, 8],
-            piecewise_cuda_graph_compiler="eager",
+            **(EXTEND_GRAPHS if HAS_SWA_BUFFER else {}),
         )
         for context in (
-            patch.object(server_args_module, "_global_server_args", server_args),
+            global_server_args(server_args),
             patch.object(memory_pool, "_is_cuda", False),
             # The process-wide pool of buffers that the runners share.
             patch.dict(input_buffers._forward_input_buffer_pool, clear=True),
@@ -268,14 +296,7 @@ class TestDecodeCudaGraphPadding(SWAGraphPaddingTestCase):
             full_rows, swa_rows = graph.replay(locs, bs=4)
             kv = torch.full((4, 1, 4), float(value))
             for layer in (SWA_LAYER, FULL_LAYER):
-                if hasattr(self.pool, "set_swa_loc"):
-                    self.pool.set_swa_loc(swa_rows)
-                    swa_loc = {}
-                else:
-                    swa_loc = dict(swa_loc=swa_rows)
-                self.pool.set_kv_buffer(
-                    SimpleNamespace(layer_id=layer), full_rows, kv, kv, **swa_loc
-                )
+                write(self.pool, SimpleNamespace(layer_id=layer), full_rows, swa_rows, kv)
 
         run([11, 12, 13, 14], 1)
         run([21, 22, 23], 2)
