@@ -51,7 +51,8 @@ class Suite:
     a regular expression for its failure's text. `gpus` is how many GPUs they take. `behind` names fixes
     without which the bug cannot be reached: they are in the tree that the tests are red on. `own_packages`
     are version specifiers too, of the releases that the tests can say something of only where the torch and
-    the transformers are those that the release runs with.
+    the transformers are those that the release runs with. `not_run` maps those of the releases that the
+    tests do not fit to the reason.
     """
 
     test: str
@@ -59,10 +60,16 @@ class Suite:
     gpus: int = 0
     behind: tuple[str, ...] = ()
     own_packages: tuple[str, ...] = ()
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
     def needs_own_packages(self, version: Version) -> bool:
         """Whether the tests take that release's own torch and transformers."""
         return any(version in SpecifierSet(versions) for versions in self.own_packages)
+
+    def misfit(self, version: Version) -> str:
+        """Why the tests do not fit that release; empty where they do."""
+        reasons = (reason for versions, reason in self.not_run.items() if version in SpecifierSet(versions))
+        return next(reasons, "")
 
     def reds_of(self, version: Version) -> Mapping[str, str]:
         """The tests that fail on that release as published, with their signatures."""
@@ -250,9 +257,17 @@ def _suite(entry: Table) -> Suite:
         for versions, tests in entry.by_versions("reds", {}).items()
     }
     own_packages = entry.texts("own-packages")
-    for versions in own_packages:
+    not_run = entry.table("not-run", {})
+    for versions in (*own_packages, *not_run):
         SpecifierSet(versions)
-    return Suite(test, reds, entry.number("gpus", 0), entry.texts("behind"), own_packages)
+    return Suite(
+        test=test,
+        reds=reds,
+        gpus=entry.number("gpus", 0),
+        behind=entry.texts("behind"),
+        own_packages=own_packages,
+        not_run={versions: not_run.text(versions) for versions in not_run},
+    )
 
 
 def _releases(table: Table) -> dict[Version, Release]:

@@ -232,8 +232,9 @@ def _hindrance(release: Release, suite: Suite) -> str:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python not in release.python:
         return f"SGLang {release.version} has no wheel for Python {python}"
-    if not suite.needs_own_packages(release.version):
-        return ""
+    misfit = suite.misfit(release.version)
+    if misfit or not suite.needs_own_packages(release.version):
+        return misfit
     lacking = {
         name: (release.runs_with[name], found)
         for name in ("torch", "transformers")

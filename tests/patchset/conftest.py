@@ -22,8 +22,10 @@ from sglang_patchset.patches import Series
 
 ROOT = Path(__file__).parents[2]
 _TABLES = catalog.load()
-# Each pinned release; those that have patches.
+# Each pinned release; those that have a wheel for this interpreter; those that have patches.
 RELEASES = tuple(str(version) for version in _TABLES.releases)
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+HERE = tuple(str(version) for version, each in _TABLES.releases.items() if _PYTHON in each.python)
 PATCHED = tuple(
     str(version) for version, release in _TABLES.releases.items() if patches.load(_TABLES, release).patches
 )
@@ -63,7 +65,7 @@ def series(request: pytest.FixtureRequest, tables: Catalog) -> Series:
 def wheels(tables: Catalog) -> Mapping[str, Path]:
     """Each pinned release's published wheel for this interpreter."""
     found = {}
-    for release in RELEASES:
+    for release in HERE:
         cache = ROOT / ".cache" / f"{release}-{sys.implementation.cache_tag}-{platform.machine()}"
         cache.mkdir(parents=True, exist_ok=True)
         source = next((str(wheel) for wheel in cache.glob("*.whl")), release)
@@ -80,14 +82,15 @@ def unpacked(
     Nothing may change these files: the trees below are hard links to them.
     """
     found = {}
-    for version, release in tables.releases.items():
+    for version, wheel in wheels.items():
+        release = tables.releases[Version(version)]
         info = f"sglang-{version}.dist-info"
         others = [f"sglang/{name}.py" for name in ("__init__", "_version", "utils")]
         others += [f"{info}/RECORD", f"{info}/METADATA"]
-        tree = tmp_path_factory.mktemp(str(version))
-        with zipfile.ZipFile(wheels[str(version)]) as archive:
+        tree = tmp_path_factory.mktemp(version)
+        with zipfile.ZipFile(wheel) as archive:
             archive.extractall(tree, [*patches.load(tables, release).files, *others])
-        found[str(version)] = tree
+        found[version] = tree
     return found
 
 
@@ -128,11 +131,11 @@ def from_copy(project: Path, *arguments: object) -> Result:
 def checkouts(
     wheels: Mapping[str, Path], tables: Catalog, tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Path]:
-    """A checkout of each release; nothing may change them."""
+    """A checkout of each release that has patches; nothing may change them."""
     directory = tmp_path_factory.mktemp("checkouts")
-    for release, wheel in wheels.items():
-        upstream.checkout(tables, wheel, directory / release)
-    return {release: directory / release for release in wheels}
+    for release in PATCHED:
+        upstream.checkout(tables, wheels[release], directory / release)
+    return {release: directory / release for release in PATCHED}
 
 
 @pytest.fixture

@@ -94,9 +94,9 @@ def test_code_is_where_the_bug_can_be(tables: Catalog, wheels: Mapping[str, Path
     names = {release: set(ZipFile(wheel).namelist()) for release, wheel in wheels.items()}
     for fix in tables.fixes.values():
         having = [
-            names[str(version)]
-            for version in tables.releases
-            if (cell := fix.cell(version)) and cell.state is not CellState.NOT_AFFECTED
+            files
+            for version, files in names.items()
+            if (cell := fix.cell(Version(version))) and cell.state is not CellState.NOT_AFFECTED
         ]
         assert all(any(path in files for path in fix.code) for files in having)
         assert all(any(path in files for files in having) for path in fix.code)
@@ -123,7 +123,7 @@ def test_a_range_that_holds_a_pinned_release_is_listed(
     tables: Catalog, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says something of others, too."""
-    new = dataclasses.replace(tables.default, version=Version("0.5.14"))
+    new = dataclasses.replace(tables.default, version=Version("0.5.16"))
     more = dataclasses.replace(tables, releases={**tables.releases, new.version: new})
     monkeypatch.setattr(catalog, "load", lambda: more)
     _, first, *_ = command("list").out.splitlines()

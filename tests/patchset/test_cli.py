@@ -29,7 +29,7 @@ def shell(line: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("verify", "--release", "0.5.14"), ("nonsense",), ("status", "--nonsense"), (), ("checkout", "0.5.12")],
+    [("verify", "--release", "0.5.10"), ("nonsense",), ("status", "--nonsense"), (), ("checkout", "0.5.12")],
 )
 def test_arguments_that_nobody_knows(arguments: tuple[str, ...], command: Command) -> None:
     assert "--help`" in command(*arguments).refusal()

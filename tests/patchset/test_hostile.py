@@ -64,6 +64,8 @@ def patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("fixes.toml", "'expert id 2147483647", "'expert (id 2147483647", "no regular expression"),
         ("fixes.toml", 'behind = ["hash-topk-dummy-weights"]', 'behind = "hash"', "behind"),
         ("fixes.toml", 'behind = ["hash-topk-dummy-weights"]', 'behind = ["nobody"]', "behind"),
+        ("fixes.toml", 'own-packages = ["==', 'own-packages = ["=', "Invalid specifier"),
+        ("fixes.toml", 'not-run = { "==', 'not-run = { "=', "Invalid specifier"),
     ],
 )
 def test_tables(file: str, old: str, new: str, message: str, patches: Path, command: Command) -> None:

@@ -19,7 +19,7 @@ from packaging.version import Version
 from sglang_patchset import patches, receipt
 from sglang_patchset.catalog import Catalog
 
-from .conftest import ROOT, Command, digest, edit, git, link
+from .conftest import PATCHED, ROOT, Command, digest, edit, git, link
 
 DSV4 = "dsv4-expert-distribution"
 HASH_TOPK = "srt/layers/moe/hash_topk.py"
@@ -231,16 +231,24 @@ def test_two_environments_of_one_prefix(tree: Path, command: Command, tmp_path: 
     assert "more than one SGLang" in command("status", tmp_path / "venv").refusal()
 
 
+def test_every_pinned_release_has_an_answer(wheels: Mapping[str, Path], command: Command) -> None:
+    for release, wheel in wheels.items():
+        result = command("status", wheel, "--json")
+        states = {fix["state"] for fix in json.loads(result.out)["fixes"]}
+        assert "unknown" not in states
+        assert result.code == ("vulnerable" in states) == (release in PATCHED)
+
+
 def test_versions_that_are_not_pinned(tree: Path, command: Command, tables: Catalog) -> None:
     series = patches.load(tables, tables.releases[Version("0.5.12")])
     for path in series.files:
         edit(tree / path, "# as some other release has it")
     for version, code, states in [
-        ("0.5.13", 0, {"fixed upstream"}),
+        ("0.5.16", 0, {"fixed upstream"}),
         ("0.5.10", 2, {"unknown"}),
         ("99.0", 2, {"unknown"}),
         ("0.5.14.dev12+gabc", 2, {"unknown"}),
-        ("0.5.13+local", 2, {"unknown"}),
+        ("0.5.16+local", 2, {"unknown"}),
     ]:
         file = tree / "sglang" / "_version.py"
         file.unlink()
@@ -259,11 +267,11 @@ def test_a_later_version_with_a_vulnerable_file(tree: Path, command: Command) ->
     for file in (tree / "sglang" / HASH_TOPK, tree / "sglang" / "srt" / "server_args.py"):
         edit(file, "# mine")
     (tree / "sglang" / "_version.py").unlink()
-    (tree / "sglang" / "_version.py").write_text("__version__ = version = '0.5.13'\n")
+    (tree / "sglang" / "_version.py").write_text("__version__ = version = '0.5.16'\n")
     result = command("status", tree, "--json")
     fix = next(fix for fix in json.loads(result.out)["fixes"] if fix["name"] == "swa-graph-padding")
     assert (result.code, fix["state"]) == (2, "unknown")
-    assert "the version says 0.5.13, but sglang/srt/model_executor/" in fix["detail"]
+    assert "the version says 0.5.16, but sglang/srt/model_executor/" in fix["detail"]
 
 
 def test_a_fix_that_is_in_has_no_open_remark(tree: Path, command: Command) -> None:
@@ -274,9 +282,9 @@ def test_a_fix_that_is_in_has_no_open_remark(tree: Path, command: Command) -> No
 def test_a_wrong_version_does_not_hide_a_pinned_release(tree: Path, command: Command) -> None:
     """A checkout's _version.py may be that of the commit that was installed, long ago."""
     (tree / "sglang" / "_version.py").unlink()
-    (tree / "sglang" / "_version.py").write_text("__version__ = version = '0.5.13'\n")
+    (tree / "sglang" / "_version.py").write_text("__version__ = version = '0.5.16'\n")
     report = json.loads(command("status", tree, "--json").out)
-    assert (report["version"], report["release"]) == ("0.5.13", "0.5.12")
+    assert (report["version"], report["release"]) == ("0.5.16", "0.5.12")
     assert {fix["state"] for fix in report["fixes"]} == {"vulnerable"}
 
 

@@ -211,6 +211,15 @@ def test_release_that_needs_its_own_packages(bug: Catalog, monkeypatch: pytest.M
     assert next((each.outcome, each.holds) for each in _verify(tables)) == (Outcome.ERROR, False)
 
 
+def test_release_that_a_test_does_not_fit(bug: Catalog) -> None:
+    fix = bug.fixes["bug"]
+    suite = dataclasses.replace(fix.suite, not_run={"<0.5.12": "older", "==0.5.12": "another class"})
+    tables = dataclasses.replace(bug, fixes={"bug": dataclasses.replace(fix, suite=suite)})
+    assert [(each.outcome, each.holds, each.detail) for each in _verify(tables)] == [
+        (Outcome.NOT_RUN, True, "another class")
+    ] * 2
+
+
 def test_release_without_a_wheel_for_this_python(bug: Catalog) -> None:
     version = Version("0.5.12")
     release = dataclasses.replace(bug.releases[version], python=("3.99",))

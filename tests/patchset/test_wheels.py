@@ -299,7 +299,7 @@ def test_a_damaged_wheel_is_refused(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("0.5.13", "not a pinned release: choose from 0.5.11, 0.5.12, 0.5.12.post1"),
+        ("0.5.16", "not a pinned release: choose from 0.5.11, 0.5.12, 0.5.12.post1, 0.5.13"),
         ("latest", "not a pinned release"),
         ("nowhere.whl", "no such file"),
     ],
