@@ -156,9 +156,7 @@ def run(catalog: Catalog, fixes: Sequence[Fix], releases: Sequence[Release], tre
     ]
 
 
-def grouped(
-    fixes: Sequence[Fix], releases: Sequence[Release], shelf: Trees
-) -> list[tuple[Path, list[Cell]]]:
+def grouped(fixes: Sequence[Fix], releases: Sequence[Release], shelf: Trees) -> list[tuple[Path, list[Cell]]]:
     """Each tree, with the cells that one process runs on it: importing SGLang takes longer than most tests.
 
     Raises:
@@ -236,9 +234,9 @@ def _hindrance(release: Release, suite: Suite) -> str:
     if misfit or not suite.needs_own_packages(release.version):
         return misfit
     lacking = {
-        name: (release.runs_with[name], found)
-        for name in ("torch", "transformers")
-        if Version(found := metadata.version(name)).public != release.runs_with[name]
+        name: (wanted, found)
+        for name, wanted in release.runs_with.items()
+        if name in ("torch", "transformers") and Version(found := metadata.version(name)).public != wanted
     }
     needed = " and ".join(f"{name} {wanted}" for name, (wanted, _) in lacking.items())
     installed = " and ".join(found for _, found in lacking.values())
