@@ -13,7 +13,7 @@ from sglang_patchset.errors import PatchsetError
 # The base commit's tag, before the version.
 TAG = "release/"
 # SGLang's own repository ignores these: a build makes them. The tree needs them to run.
-_IGNORED = ("/python/sglang/_version.py", "/python/sglang/srt/grpc/_core*.so")
+_IGNORED = ("/python/sglang/_version.py", "*.so")
 
 
 def checkout(catalog: Catalog, wheel: Path, directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -177,7 +178,8 @@ def test_amend(checkout: Path, project: Path) -> None:
 def assert_round_trip(project: Path, checkout: Path) -> None:
     again = checkout.with_name("again")
     shutil.rmtree(again, ignore_errors=True)
-    (wheel,) = (Path(__file__).parents[2] / ".cache").glob("0.5.12-cpython-*/*.whl")
+    python = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
+    (wheel,) = (Path(__file__).parents[2] / ".cache").glob(f"0.5.12-{python}-*/*.whl")
     assert from_copy(project, "checkout", wheel, again).code == 0
     assert git(again, "rev-parse", "HEAD^{tree}") == git(checkout, "rev-parse", "HEAD^{tree}")
     before = digest(project / "patches")
