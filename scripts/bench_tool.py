@@ -63,15 +63,16 @@ def medians(usages: Sequence[Usage]) -> dict[str, float]:
 
 def comparison(ours: Sequence[Usage], theirs: Sequence[Usage]) -> dict[str, Any]:
     """Medians of both, and their ratios, by wall clock and by CPU time."""
+    by_us, by_them = medians(ours), medians(theirs)
     return {
         kind: {
-            "ours": statistics.median(getattr(each, kind) for each in ours),
-            "theirs": statistics.median(getattr(each, kind) for each in theirs),
+            "ours": by_us[kind],
+            "theirs": by_them[kind],
             **benchmarks.ratio(
                 [getattr(each, kind) for each in ours], [getattr(each, kind) for each in theirs]
             ),
         }
-        for kind in ("wall", "cpu")
+        for kind in by_us
     }
 
 

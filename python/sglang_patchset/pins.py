@@ -6,9 +6,8 @@ import email
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -81,8 +80,7 @@ def _with_patched(text: str, release: Release) -> str:
     text = re.sub(rf'\n{header}patched\]\n(".*\n)*', "", text)
     if not release.patched:
         return text
-    lines = "".join(f'"{wheel}" = "{digest}"\n' for wheel, digest in release.patched.items())
-    entry = f'\n[releases."{release.version}".patched]\n{lines}'
+    entry = f'\n[releases."{release.version}".patched]\n{_hashes(release.patched)}'
     text = re.sub(rf'({header}wheels\]\n(?:".*\n)+)', lambda match: match[1] + entry, text)
     if parse_releases(text)[1][release.version] != release:
         raise PatchsetError(
@@ -105,7 +103,6 @@ def _look(version: Version, scratch: Path, find_links: Path | None) -> Release:
         failed = releases.pip("download", f"--dest={scratch}", f"sglang=={version}", find_links=find_links)
         raise PatchsetError(releases.why(version, failed))
     files = [_download(version, name, scratch, find_links) for name in names]
-    wheels = {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
     pythons = {python for name in names for python in re.findall(r"-cp(\d)(\d+)-", name)}
     wheel = files[0]
     with releases.opened(wheel) as archive:
@@ -118,7 +115,7 @@ def _look(version: Version, scratch: Path, find_links: Path | None) -> Release:
         patchset=0,
         python=tuple(sorted((".".join(python) for python in pythons), key=Version)),
         runs_with=_runs_with(metadata.get_all("Requires-Dist", [])),
-        wheels=wheels,
+        wheels={file.name: releases.sha256(file) for file in files},
         tree="",
     )
     return replace(release, tree=upstream.tree(release, wheel))
@@ -135,10 +132,7 @@ def _download(version: Version, name: str, scratch: Path, find_links: Path | Non
         *_, tags = parse_wheel_filename(name)
     except InvalidWheelFilename as error:
         raise PatchsetError(f"{name}: {error}: pin this release by hand") from None
-    tag = min(tags, key=str)
-    options = [f"--platform={tag.platform}", f"--abi={tag.abi}", f"--dest={scratch}"]
-    if match := re.fullmatch(r"(cp|py)(\d)(\d*)", tag.interpreter):
-        options += [f"--implementation={match[1]}", f"--python-version={match[2]}.{match[3] or 99}"]
+    options = [f"--dest={scratch}", *releases.for_tag(min(tags, key=str))]
     result = releases.pip("download", *options, f"sglang=={version}", find_links=find_links)
     if not (scratch / name).exists():
         raise PatchsetError(releases.why(version, result))
@@ -189,11 +183,15 @@ def _entry(release: Release) -> str:
     name = f'releases."{release.version}"'
     pythons = ", ".join(f'"{python}"' for python in release.python)
     runs_with = "".join(f'{package} = "{version}"\n' for package, version in release.runs_with.items())
-    wheels = "".join(f'"{wheel}" = "{digest}"\n' for wheel, digest in release.wheels.items())
     return (
         f'[{name}]\ndate = "{release.date}"\npatchset = {release.patchset}\npython = [{pythons}]\n'
-        f'tree = "{release.tree}"\n\n[{name}.runs-with]\n{runs_with}\n[{name}.wheels]\n{wheels}'
+        f'tree = "{release.tree}"\n\n[{name}.runs-with]\n{runs_with}\n'
+        f"[{name}.wheels]\n{_hashes(release.wheels)}"
     )
+
+
+def _hashes(files: Mapping[str, str]) -> str:
+    return "".join(f'"{name}" = "{digest}"\n' for name, digest in files.items())
 
 
 def _check_table(catalog: Catalog, text: str, release: Release) -> None:

@@ -158,7 +158,7 @@ def _download(release: Release, scratch: Path, find_links: Path | None, tag: Tag
     requirements.write_text(" ".join([requirement, *hashes]) + "\n", encoding="utf-8")
     options = [f"--dest={scratch}", f"--requirement={requirements}"]
     if tag:
-        options += [f"--python-version={tag.interpreter[2:]}", f"--platform={tag.platform}"]
+        options += for_tag(tag)
     result = pip("download", *options, find_links=find_links)
     if result.returncode:
         raise PatchsetError(
@@ -187,6 +187,14 @@ def pip(verb: str, *options: str, find_links: Path | None) -> subprocess.Complet
         errors="replace",
         check=False,
     )
+
+
+def for_tag(tag: Tag) -> list[str]:
+    """pip's options to get the wheel of that tag, whatever this machine and Python are."""
+    options = [f"--platform={tag.platform}", f"--abi={tag.abi}"]
+    if match := re.fullmatch(r"(cp|py)(\d)(\d*)", tag.interpreter):
+        options += [f"--implementation={match[1]}", f"--python-version={match[2]}.{match[3] or 99}"]
+    return options
 
 
 def why(version: Version, result: subprocess.CompletedProcess[str], others: str = "") -> str:

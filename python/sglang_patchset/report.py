@@ -15,6 +15,7 @@ from sglang_patchset import benchmarks, figures, plots, results
 from sglang_patchset.catalog import Catalog, CellState
 from sglang_patchset.figures import OVERHEAD, REUSE, TESTS, TOOL
 from sglang_patchset.plots import Line, Range, number
+from sglang_patchset.results import Seen
 
 _STATES = {CellState.UPSTREAM: "fixed upstream", CellState.NOT_AFFECTED: "not affected"}
 
@@ -82,7 +83,8 @@ def write(catalog: Catalog, path: Path) -> None:
 def page(catalog: Catalog) -> str:
     """The page; a benchmark that nobody ran has no section."""
     root = catalog.clone()
-    sections = [*_matrix(catalog), *_seen(catalog)]
+    seen = results.seen(catalog)
+    sections = [*_matrix(catalog, seen), *_seen(catalog, seen)]
     for what, section in ((OVERHEAD, _overhead), (REUSE, _reuse), (TOOL, _tool), (TESTS, _tests)):
         if result := benchmarks.newest(root, what):
             sections += [*section(result), _origin(result)]
@@ -107,10 +109,10 @@ def _markdown(sentence: str) -> str:
     return re.sub(r"\[(.+?)\]\(.+?\)", r"\1", text)
 
 
-def _matrix(catalog: Catalog) -> Iterator[str]:
-    seen: dict[tuple[str, str], set[tuple[str, str]]] = {}
-    for each in results.seen(catalog):
-        seen.setdefault((each.fix, each.release), set()).add((each.published, each.patched))
+def _matrix(catalog: Catalog, seen: Iterable[Seen]) -> Iterator[str]:
+    outcomes: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for each in seen:
+        outcomes.setdefault((each.fix, each.release), set()).add((each.published, each.patched))
     rows = []
     for fix in catalog.fixes.values():
         row = [f"<code>{fix.name}</code><br><small>{escape(fix.symptom)}</small>"]
@@ -120,7 +122,7 @@ def _matrix(catalog: Catalog) -> Iterator[str]:
                 row.append("?")
             elif cell.state is not CellState.PATCH:
                 row.append(f'<span class="dim">{_STATES[cell.state]}</span>')
-            elif found := seen.get((fix.name, str(version))):
+            elif found := outcomes.get((fix.name, str(version))):
                 row.append(", ".join(f"{_outcome(one)} → {_outcome(other)}" for one, other in sorted(found)))
             else:
                 row.append('patch <span class="dim">(not seen on a GPU)</span>')
@@ -133,8 +135,7 @@ def _outcome(words: str) -> str:
     return f'<span class="{escape(words)}">{escape(words)}</span>'
 
 
-def _seen(catalog: Catalog) -> Iterator[str]:
-    seen = results.seen(catalog)
+def _seen(catalog: Catalog, seen: Sequence[Seen]) -> Iterator[str]:
     if not seen:
         return
     yield "<h2>Seen on GPUs</h2>"
