@@ -32,6 +32,16 @@ ENVIRONMENT = {
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
 }
 
+# Where Triton, TileLang, FlashInfer, DeepGEMM and torch keep the kernels that they compiled.
+_KERNELS = (
+    ".triton",
+    ".tilelang",
+    ".cache/tvm-ffi",
+    ".cache/flashinfer",
+    ".cache/deep_gemm",
+    ".cache/torch_extensions",
+)
+
 _DESCRIBE = """
 import importlib.metadata, json, platform, torch
 names = ("torch", "transformers", "sglang-kernel", "flashinfer-python", "triton", "tilelang", "sgl-deep-gemm")
@@ -48,13 +58,17 @@ print(json.dumps({"gpus": [[gpu.name, gpu.total_memory] for gpu in gpus], "versi
 
 @dataclass(frozen=True)
 class Machine:
-    """A CUDA box; `gpus` are what CUDA_VISIBLE_DEVICES calls them, `memory` is one GPU's, in bytes."""
+    """A CUDA box; `gpus` are what CUDA_VISIBLE_DEVICES calls them, `memory` is one GPU's, in bytes.
+
+    `cold` is whether it has no compiled kernels yet: a first run compiles them.
+    """
 
     gpu: str
     gpus: tuple[str, ...]
     memory: int
     driver: str
     versions: Mapping[str, str]
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,8 @@ def machine() -> Machine:
     name, memory = found["gpus"][0]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(len(found["gpus"]))]
-    return Machine(name, tuple(gpus[: len(found["gpus"])]), memory, driver, found["versions"])
+    cold = not any((Path.home() / cache).exists() for cache in _KERNELS)
+    return Machine(name, tuple(gpus[: len(found["gpus"])]), memory, driver, found["versions"], cold)
 
 
 def pairs(catalog: Catalog) -> list[Pair]:

@@ -88,7 +88,8 @@ def page(catalog: Catalog) -> str:
     for what, section in ((OVERHEAD, _overhead), (REUSE, _reuse), (TOOL, _tool), (TESTS, _tests)):
         if result := benchmarks.newest(root, what):
             sections += [*section(result), _origin(result)]
-    summary = "".join(f"<li>{_markdown(sentence)}</li>" for sentence in figures.sentences(root))
+    sentences = [*figures.sentences(root), *results.sentences(catalog)]
+    summary = "".join(f"<li>{_markdown(sentence)}</li>" for sentence in sentences)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -28,7 +28,8 @@ def write(
     """Write what a run on GPUs found, into `results/` of the clone.
 
     `series` has the digest of each release's patches: a result is about those and no others. `seed` is the
-    one that the tests made weights and prompts from, `seconds` what the whole run took.
+    one that the tests made weights and prompts from, `seconds` what the whole run took, and `cold` whether it
+    had every kernel to compile.
     """
     now = datetime.now(timezone.utc).replace(microsecond=0)
     found = {(each.release, each.test, each.tree): each for each in verdicts}
@@ -36,6 +37,7 @@ def write(
     contents = {
         "date": now.isoformat(),
         "seconds": round(seconds),
+        "cold": box.cold,
         "seed": int(os.environ.get("REGRESSION_SEED", "0")),
         "gpu": box.gpu,
         "gpus": len(box.gpus),
@@ -133,6 +135,22 @@ def runs(catalog: Catalog) -> list[Mapping[str, Any]]:
     return [newest[machine] for machine in sorted(newest)]
 
 
+def sentences(catalog: Catalog) -> list[str]:
+    """How long the newest run of the most tests took on each kind of machine, cold and warm, in Markdown."""
+    fullest: dict[tuple[int, str, bool], tuple[int, str, int]] = {}
+    for run, cells in _read(catalog):
+        key = (run["gpus"], run["gpu"], run.get("cold", False))
+        fullest[key] = max(fullest.get(key, (0, "", 0)), (2 * len(cells), run["date"], run["seconds"]))
+    found = []
+    for gpus, gpu, cold in sorted(key for key, (tests, _, _) in fullest.items() if tests):
+        tests, date, seconds = fullest[gpus, gpu, cold]
+        found.append(
+            f"**The tests that need GPUs**, {gpus} x {gpu}: {tests} cells take {seconds} s, "
+            f"{'all kernels to compile' if cold else 'kernels compiled before'}. ({date[:10]})"
+        )
+    return found
+
+
 def _read(catalog: Catalog) -> Iterator[tuple[Mapping[str, Any], list[Seen]]]:
     """Each file, and what it has about the patches as they are now."""
     digests = {
@@ -191,10 +209,10 @@ def table(catalog: Catalog) -> str:
 
 def in_readme(catalog: Catalog, readme: str) -> str:
     """The README's text with the table and the figures of now between their marks."""
-    sentences = figures.sentences(catalog.root.parent)
+    figured = [*figures.sentences(catalog.root.parent), *sentences(catalog)]
     for mark, text in (
         (_BEGIN, table(catalog)),
-        (_FIGURES, "".join(f"- {sentence}\n" for sentence in sentences)),
+        (_FIGURES, "".join(f"- {sentence}\n" for sentence in figured)),
     ):
         before, begin, rest = readme.partition(mark)
         if begin:

@@ -100,13 +100,14 @@ def test_red_and_green_on_two_gpus(clone: Catalog, monkeypatch: pytest.MonkeyPat
     assert len(lines) == 4
     assert path.name.startswith("gpu-2xH200-20")
     found = json.loads(path.read_text())
-    assert {key: found[key] for key in ("gpu", "gpus", "driver", "versions", "seed", "seconds")} == {
+    assert {key: found[key] for key in found if key not in ("date", "series", "cells")} == {
         "gpu": "NVIDIA H200",
         "gpus": 2,
         "driver": "580.1",
         "versions": {"torch": "2.11.0"},
         "seed": 3,
         "seconds": 2,
+        "cold": False,
     }
     one, two = found["cells"]
     assert (one["test"], one["gpus"], one["behind"]) == ("test_one.py", 1, [])
@@ -148,6 +149,38 @@ def test_table_is_of_the_patches_as_they_are(clone: Catalog) -> None:
     path.write_text(json.dumps(old))
     assert results.table(clone) == ""
     assert results.in_readme(clone, written) == readme.replace("old\n", "")
+
+
+def test_times_are_of_the_fullest_runs_cold_and_warm(clone: Catalog) -> None:
+    _run(clone, dataclasses.replace(BOX, gpus=("0",)))
+    _, path = _run(clone, BOX)
+    warm = json.loads(path.read_text())
+    runs = {
+        "fewer-cells-later": warm | {"date": "2027-01-01", "seconds": 1, "cells": warm["cells"][:1]},
+        "cold": warm | {"date": "2026-01-01", "seconds": 400, "cold": True},
+    }
+    for name, contents in runs.items():
+        path.with_name(f"gpu-{name}.json").write_text(json.dumps(contents))
+    one, two, cold = results.sentences(clone)
+    assert "1 x NVIDIA H200: 2 cells take 2 s, kernels compiled before." in one
+    assert "2 x NVIDIA H200: 4 cells take 2 s, kernels compiled before." in two
+    assert "2 x NVIDIA H200: 4 cells take 400 s, all kernels to compile. (2026-01-01)" in cold
+    assert "- " + cold in results.in_readme(clone, f"{results._FIGURES}{results._END}")
+
+
+@pytest.mark.parametrize("cache", [".triton", ".cache/deep_gemm"])
+def test_machine_with_and_without_compiled_kernels(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.1\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(cuda, "_DESCRIBE", 'print(\'{"gpus": [["H", 1]], "versions": {}}\')')
+    assert cuda.machine().cold
+    (tmp_path / cache).mkdir(parents=True)
+    assert not cuda.machine().cold
 
 
 def test_readme_has_the_table(tables: Catalog) -> None:
