@@ -21,7 +21,7 @@ from sglang_patchset.verify import Cell, Outcome, Runner, Tree, Verdict
 
 # What a test with its servers wants to itself: less makes it slow, or fail for want of memory.
 _CORES = 2
-_GPU_GIB = 20
+_GPU_GIB = 12
 
 ENVIRONMENT = {
     # Compiling every kernel before it is asked for takes minutes.
