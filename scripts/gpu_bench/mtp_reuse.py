@@ -2,7 +2,8 @@
 
 SGLang's own draft worker (spec v2) and CUDA graphs, over caches full of random numbers. Three graphs of each
 iteration: `without` runs the indexer in each forward pass, `with` in the first alone, and `none` in no pass:
-it takes indices that `with` found, which is what reuse could come to at best.
+it takes indices that `with` found, which is what reuse could come to at best. Each row keeps its experts in
+all passes: otherwise the variants, which draft other tokens, would read other numbers of experts.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def load(steps: list[int], batches: list[int], contexts: list[int]) -> dict[str,
     STATE.update(draft=draft, worker=eagle_worker_v2, calls=0, variant="", kept={}, graphs={})
     STATE["indices"] = torch.zeros((max(batches), TOPK), dtype=torch.int32, device="cuda")
     _hook(model.model.decoder.self_attn.indexer)
+    _fix_experts(model.model.decoder.mlp.gate, max(batches))
     _fill_caches(span, max(batches))
     begin = time.monotonic()
     runs = {}
@@ -136,6 +138,20 @@ def _hook(indexer: Any) -> None:
         return indices
 
     indexer.forward = hooked
+
+
+def _fix_experts(gate: Any, batch: int) -> None:
+    """Have the gate find the same for a row whatever the row holds."""
+    import torch
+
+    forward = gate.forward
+    found = torch.randn((batch, DIMENSIONS["n_routed_experts"]), device="cuda")
+
+    def fixed(*args: Any, **kwargs: Any) -> Any:
+        logits = forward(*args, **kwargs)
+        return logits.copy_(found[: len(logits)])
+
+    gate.forward = fixed
 
 
 def _fill_caches(span: int, batch: int) -> None:
