@@ -9,7 +9,11 @@ import json
 from pathlib import Path
 from typing import Any, Dict
 
+import torch
+
 NUM_WORDS = 1000
+# With sharper attention, bf16 rounding grows as much as a wrong selection does.
+GLM_HEAD_GAIN = 3.0
 COMMON = dict(
     torch_dtype="bfloat16",
     bos_token_id=1,
@@ -144,6 +148,88 @@ def glm_moe_dsa(path: Path, num_layers: int = 6, **overrides: Any) -> str:
         )
         | overrides,
     )
+
+
+def glm_moe_dsa_weights(config: Dict[str, Any], seed: int) -> Dict[str, torch.Tensor]:
+    """bf16 weights under the names of a released checkpoint.
+
+    As there, layers that share another one's top-k have none of an indexer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(out_features: int, in_features: int, gain: float = 1.0):
+        weight = torch.randn(out_features, in_features, generator=generator)
+        return (weight * gain * in_features**-0.5).bfloat16()
+
+    hidden, q_lora, kv_lora = (
+        config["hidden_size"],
+        config["q_lora_rank"],
+        config["kv_lora_rank"],
+    )
+    heads, nope, rope, v_dim = (
+        config["num_attention_heads"],
+        config["qk_nope_head_dim"],
+        config["qk_rope_head_dim"],
+        config["v_head_dim"],
+    )
+    index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
+    ones = torch.ones
+
+    def mlp(prefix: str, size: int) -> Dict[str, torch.Tensor]:
+        return {
+            f"{prefix}.gate_proj.weight": linear(size, hidden),
+            f"{prefix}.up_proj.weight": linear(size, hidden),
+            f"{prefix}.down_proj.weight": linear(hidden, size),
+        }
+
+    weights = {
+        "model.embed_tokens.weight": torch.randn(
+            config["vocab_size"], hidden, generator=generator
+        ).bfloat16(),
+        "model.norm.weight": ones(hidden).bfloat16(),
+        "lm_head.weight": linear(config["vocab_size"], hidden, GLM_HEAD_GAIN),
+    }
+    freq, offset = config["index_topk_freq"], config["index_skip_topk_offset"]
+    for layer in range(config["num_hidden_layers"] + 1):
+        p = f"model.layers.{layer}"
+        a = f"{p}.self_attn"
+        weights |= {
+            f"{p}.input_layernorm.weight": ones(hidden).bfloat16(),
+            f"{p}.post_attention_layernorm.weight": ones(hidden).bfloat16(),
+            f"{a}.q_a_proj.weight": linear(q_lora, hidden),
+            f"{a}.q_a_layernorm.weight": ones(q_lora).bfloat16(),
+            f"{a}.q_b_proj.weight": linear(heads * (nope + rope), q_lora),
+            f"{a}.kv_a_proj_with_mqa.weight": linear(kv_lora + rope, hidden),
+            f"{a}.kv_a_layernorm.weight": ones(kv_lora).bfloat16(),
+            f"{a}.kv_b_proj.weight": linear(heads * (nope + v_dim), kv_lora),
+            f"{a}.o_proj.weight": linear(hidden, heads * v_dim),
+        }
+        is_nextn = layer == config["num_hidden_layers"]
+        if is_nextn or max(layer - offset + 1, 0) % freq == 0:
+            weights |= {
+                f"{a}.indexer.wq_b.weight": linear(index_heads * index_dim, q_lora),
+                f"{a}.indexer.wk.weight": linear(index_dim, hidden),
+                f"{a}.indexer.k_norm.weight": ones(index_dim).bfloat16(),
+                f"{a}.indexer.k_norm.bias": torch.zeros(index_dim).bfloat16(),
+                f"{a}.indexer.weights_proj.weight": linear(index_heads, hidden),
+            }
+        if not is_nextn:
+            weights |= mlp(f"{p}.mlp", config["intermediate_size"])
+            continue
+        num_experts = config["n_routed_experts"]
+        weights |= {
+            f"{p}.enorm.weight": ones(hidden).bfloat16(),
+            f"{p}.hnorm.weight": ones(hidden).bfloat16(),
+            f"{p}.eh_proj.weight": linear(hidden, 2 * hidden),
+            f"{p}.shared_head.norm.weight": ones(hidden).bfloat16(),
+            f"{p}.mlp.gate.weight": linear(num_experts, hidden),
+            f"{p}.mlp.gate.e_score_correction_bias": torch.zeros(num_experts),
+        }
+        size = config["moe_intermediate_size"]
+        weights |= mlp(f"{p}.mlp.shared_experts", size)
+        for expert in range(num_experts):
+            weights |= mlp(f"{p}.mlp.experts.{expert}", size)
+    return weights
 
 
 def gpt_oss(path: Path, num_layers: int = 4) -> str:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from servers import launch_server
 from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
-from tiny_models import NUM_WORDS, glm_moe_dsa
+from tiny_models import NUM_WORDS, glm_moe_dsa, glm_moe_dsa_weights
 
 register_cuda_ci(est_time=300, suite="stage-b-test-1-gpu-large")
 
@@ -40,8 +40,6 @@ ARGS = [
     *("--max-running-requests", "4"),
     "--disable-radix-cache",
 ]
-# With sharper attention, bf16 rounding grows as much as a wrong selection does.
-HEAD_GAIN = 3.0
 # Mean error of a log-probability: bf16 rounding alone makes it 0.03 to 0.05, another
 # selection of as many keys in the sharing layers 0.14 or more.
 TOLERANCE = 0.1
@@ -49,84 +47,6 @@ TOLERANCE = 0.1
 # state is some steps off; a token of another text is several units behind.
 TIE = 0.5
 SERVERS_AT_A_TIME = 3
-
-
-def make_weights(config: Dict, seed: int) -> Dict[str, torch.Tensor]:
-    """bf16 weights under the names of a released checkpoint."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def linear(out_features: int, in_features: int, gain: float = 1.0):
-        weight = torch.randn(out_features, in_features, generator=generator)
-        return (weight * gain * in_features**-0.5).bfloat16()
-
-    hidden, q_lora, kv_lora = (
-        config["hidden_size"],
-        config["q_lora_rank"],
-        config["kv_lora_rank"],
-    )
-    heads, nope, rope, v_dim = (
-        config["num_attention_heads"],
-        config["qk_nope_head_dim"],
-        config["qk_rope_head_dim"],
-        config["v_head_dim"],
-    )
-    index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
-    ones = torch.ones
-
-    def mlp(prefix: str, size: int) -> Dict[str, torch.Tensor]:
-        return {
-            f"{prefix}.gate_proj.weight": linear(size, hidden),
-            f"{prefix}.up_proj.weight": linear(size, hidden),
-            f"{prefix}.down_proj.weight": linear(hidden, size),
-        }
-
-    weights = {
-        "model.embed_tokens.weight": torch.randn(
-            config["vocab_size"], hidden, generator=generator
-        ).bfloat16(),
-        "model.norm.weight": ones(hidden).bfloat16(),
-        "lm_head.weight": linear(config["vocab_size"], hidden, HEAD_GAIN),
-    }
-    for layer in range(config["num_hidden_layers"] + 1):
-        p = f"model.layers.{layer}"
-        a = f"{p}.self_attn"
-        weights |= {
-            f"{p}.input_layernorm.weight": ones(hidden).bfloat16(),
-            f"{p}.post_attention_layernorm.weight": ones(hidden).bfloat16(),
-            f"{a}.q_a_proj.weight": linear(q_lora, hidden),
-            f"{a}.q_a_layernorm.weight": ones(q_lora).bfloat16(),
-            f"{a}.q_b_proj.weight": linear(heads * (nope + rope), q_lora),
-            f"{a}.kv_a_proj_with_mqa.weight": linear(kv_lora + rope, hidden),
-            f"{a}.kv_a_layernorm.weight": ones(kv_lora).bfloat16(),
-            f"{a}.kv_b_proj.weight": linear(heads * (nope + v_dim), kv_lora),
-            f"{a}.o_proj.weight": linear(hidden, heads * v_dim),
-        }
-        is_nextn = layer == config["num_hidden_layers"]
-        if layer in COMPUTING_LAYERS or is_nextn:
-            weights |= {
-                f"{a}.indexer.wq_b.weight": linear(index_heads * index_dim, q_lora),
-                f"{a}.indexer.wk.weight": linear(index_dim, hidden),
-                f"{a}.indexer.k_norm.weight": ones(index_dim).bfloat16(),
-                f"{a}.indexer.k_norm.bias": torch.zeros(index_dim).bfloat16(),
-                f"{a}.indexer.weights_proj.weight": linear(index_heads, hidden),
-            }
-        if not is_nextn:
-            weights |= mlp(f"{p}.mlp", config["intermediate_size"])
-            continue
-        num_experts = config["n_routed_experts"]
-        weights |= {
-            f"{p}.enorm.weight": ones(hidden).bfloat16(),
-            f"{p}.hnorm.weight": ones(hidden).bfloat16(),
-            f"{p}.eh_proj.weight": linear(hidden, 2 * hidden),
-            f"{p}.shared_head.norm.weight": ones(hidden).bfloat16(),
-            f"{p}.mlp.gate.weight": linear(num_experts, hidden),
-            f"{p}.mlp.gate.e_score_correction_bias": torch.zeros(num_experts),
-        }
-        size = config["moe_intermediate_size"]
-        weights |= mlp(f"{p}.mlp.shared_experts", size)
-        for expert in range(num_experts):
-            weights |= mlp(f"{p}.mlp.experts.{expert}", size)
-    return weights
 
 
 class Reference:
@@ -322,7 +242,7 @@ class TestDSAIndexSharingCuda(CustomTestCase):
         root = Path(cls.folder.name)
         cls.model = glm_moe_dsa(root / "model", NUM_LAYERS)
         cls.config = json.loads((root / "model" / "config.json").read_text())
-        cls.weights = make_weights(cls.config, SEED)
+        cls.weights = glm_moe_dsa_weights(cls.config, SEED)
         save_file(cls.weights, root / "model" / "model.safetensors")
         # GLM-5.2's released file has a head_dim too, which the configuration class
         # makes an alias of qk_rope_head_dim.
