@@ -287,3 +287,54 @@ def qwen3_moe(path: Path, num_layers: int = 3) -> str:
             attention_bias=False,
         ),
     )
+
+
+def qwen3_moe_weights(config: Dict, seed: int) -> Dict[str, torch.Tensor]:
+    """bf16 weights with which a token alone decides its experts and the next token.
+
+    Each layer's router reads its logits, a permutation of even steps, off the token's
+    embedding, and the output layer knows the token before: with margins like these,
+    the rounding of another parallel layout changes nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(out_features: int, in_features: int, gain: float = 1.0):
+        weight = torch.randn(out_features, in_features, generator=generator)
+        return (weight * gain * in_features**-0.5).bfloat16()
+
+    hidden, size = config["hidden_size"], config["moe_intermediate_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    dim, num_experts = config["head_dim"], config["num_experts"]
+    vocab_size, num_layers = config["vocab_size"], config["num_hidden_layers"]
+    embedding = torch.randn(vocab_size, hidden, generator=generator)
+    steps = torch.linspace(-2, 2, num_experts)
+    for layer in range(num_layers):
+        order = torch.rand(vocab_size, num_experts, generator=generator).argsort()
+        embedding[:, layer * num_experts : (layer + 1) * num_experts] = steps[order]
+    weights = {
+        "model.embed_tokens.weight": embedding.bfloat16(),
+        "model.norm.weight": torch.ones(hidden).bfloat16(),
+        "lm_head.weight": (embedding.roll(1, 0) * hidden**-0.5).bfloat16(),
+    }
+    for layer in range(num_layers):
+        p = f"model.layers.{layer}"
+        router = torch.eye(num_experts, hidden).roll(layer * num_experts, 1)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{p}.{norm}.weight"] = torch.ones(hidden).bfloat16()
+        for norm in ("q_norm", "k_norm"):
+            weights[f"{p}.self_attn.{norm}.weight"] = torch.ones(dim).bfloat16()
+        weights |= {
+            f"{p}.self_attn.q_proj.weight": linear(heads * dim, hidden),
+            f"{p}.self_attn.k_proj.weight": linear(kv_heads * dim, hidden),
+            f"{p}.self_attn.v_proj.weight": linear(kv_heads * dim, hidden),
+            f"{p}.self_attn.o_proj.weight": linear(hidden, heads * dim, 0.02),
+            f"{p}.mlp.gate.weight": router.bfloat16(),
+        }
+        for expert in range(num_experts):
+            e = f"{p}.mlp.experts.{expert}"
+            weights |= {
+                f"{e}.gate_proj.weight": linear(size, hidden),
+                f"{e}.up_proj.weight": linear(size, hidden),
+                f"{e}.down_proj.weight": linear(hidden, size, 0.02),
+            }
+    return weights

@@ -21,6 +21,7 @@ maybe_stub_sgl_kernel()
 
 from sglang.srt import server_args as server_args_module  # noqa: E402
 from sglang.srt.layers import dp_attention  # noqa: E402
+from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 try:
@@ -72,6 +73,7 @@ def build_capturer(
 ):
     server_args = ServerArgs(
         model_path="dummy",
+        tp_size=dp_size,
         dp_size=dp_size,
         chunked_prefill_size=chunked_prefill_size,
         enable_dp_attention=dp_size > 1,
@@ -147,6 +149,7 @@ class TestRoutedExpertsDpBuffer(CustomTestCase):
         self, capturer, slots, rank, tokens_of_rank, graph_batch, no_copy_to_cpu
     ):
         forward_batch = SimpleNamespace(
+            forward_mode=ForwardMode.DECODE,
             out_cache_loc=slots,
             global_num_tokens_cpu=list(tokens_of_rank),
             global_num_tokens_gpu=torch.tensor(tokens_of_rank, dtype=torch.int32),
