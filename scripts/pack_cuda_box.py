@@ -334,8 +334,8 @@ def parts(site: Path, trees: Iterable[Path]) -> list[Part]:
     return [
         Part("flash-ops", "site", alone, level=22, window_log=31, file=FLASH_OPS),
         Part("site", "site", files, level=19, window_log=27),
-        # Near copies of each other: one window over all of them finds that.
-        Part("trees", "trees", trees_files, level=19, window_log=31),
+        # Near copies of each other: one window over all of them finds that. They change with every patch.
+        Part("trees", "trees", trees_files, level=12, window_log=31),
     ]
 
 

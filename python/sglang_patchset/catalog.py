@@ -28,9 +28,10 @@ _PATH = re.compile("([A-Za-z0-9_][A-Za-z0-9_.+-]*/)+[A-Za-z0-9_][A-Za-z0-9_.+-]*
 
 
 class CellState(Enum):
-    """What a release needs of a fix."""
+    """What a release needs of a fix; an UNPATCHED one has the bug, and nothing is carried for it."""
 
     PATCH = "patch"
+    UNPATCHED = "unpatched"
     UPSTREAM = "upstream"
     NOT_AFFECTED = "not-affected"
 

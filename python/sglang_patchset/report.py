@@ -17,7 +17,11 @@ from sglang_patchset.figures import OVERHEAD, REUSE, TESTS, TOOL
 from sglang_patchset.plots import Line, Range, number
 from sglang_patchset.results import Seen
 
-_STATES = {CellState.UPSTREAM: "fixed upstream", CellState.NOT_AFFECTED: "not affected"}
+_STATES = {
+    CellState.UNPATCHED: "vulnerable, no patch",
+    CellState.UPSTREAM: "fixed upstream",
+    CellState.NOT_AFFECTED: "not affected",
+}
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --dim: #5b636d; --rule: #d9dee3;

@@ -55,6 +55,7 @@ class Report:
 # Another run may replace the files one by one while they are looked at: then they are looked at again.
 _TRIES = 5
 _FROM_TABLE = {
+    CellState.UNPATCHED: FixState.VULNERABLE,
     CellState.UPSTREAM: FixState.FIXED_UPSTREAM,
     CellState.NOT_AFFECTED: FixState.NOT_AFFECTED,
 }
@@ -143,7 +144,7 @@ def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reade
     if version is None:
         return FixStatus(fix, FixState.UNKNOWN, "no version, and the files are not those of a pinned release")
     if cell := fix.cell(version):
-        if reason := _contradiction(catalog, fix, read):
+        if cell.state is not CellState.UNPATCHED and (reason := _contradiction(catalog, fix, read)):
             return FixStatus(fix, FixState.UNKNOWN, f"the version says {version}, but {reason}")
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     if version.is_prerelease or version.local:

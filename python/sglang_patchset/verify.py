@@ -60,6 +60,7 @@ class Outcome(Enum):
 # what that fix left open.
 _EXPECTED = {
     CellState.PATCH: Outcome.RED,
+    CellState.UNPATCHED: Outcome.RED,
     CellState.UPSTREAM: Outcome.GREEN,
     CellState.NOT_AFFECTED: Outcome.ABSENT,
 }

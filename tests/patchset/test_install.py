@@ -244,7 +244,7 @@ def test_versions_that_are_not_pinned(tree: Path, command: Command, tables: Cata
     for path in series.files:
         edit(tree / path, "# as some other release has it")
     for version, code, states in [
-        ("0.5.16", 0, {"fixed upstream"}),
+        ("0.5.16", 1, {"fixed upstream", "vulnerable"}),
         ("0.5.10", 2, {"unknown"}),
         ("99.0", 2, {"unknown"}),
         ("0.5.14.dev12+gabc", 2, {"unknown"}),
@@ -258,6 +258,8 @@ def test_versions_that_are_not_pinned(tree: Path, command: Command, tables: Cata
         assert (result.code, report["release"]) == (code, None)
         assert {fix["state"] for fix in report["fixes"]} == states
         assert all(version in fix["detail"] for fix in report["fixes"]) == (states == {"unknown"})
+        unpatched = [fix for fix in report["fixes"] if fix["state"] == "vulnerable"]
+        assert all("no patch for this release" in fix["detail"] for fix in unpatched)
         before = digest(tree)
         assert f"SGLang {version}, not a pinned release" in command("apply", tree).refusal()
         assert digest(tree) == before

@@ -17,6 +17,7 @@ TREES = Path(__file__).parents[2] / ".cache" / "trees"
 
 _EXPECTED = {
     CellState.PATCH: {Tree.PUBLISHED: Outcome.RED, Tree.PATCHED: Outcome.GREEN},
+    CellState.UNPATCHED: {Tree.PUBLISHED: Outcome.RED},
     CellState.UPSTREAM: {Tree.PUBLISHED: Outcome.GREEN},
     CellState.NOT_AFFECTED: {Tree.PUBLISHED: Outcome.ABSENT},
 }
