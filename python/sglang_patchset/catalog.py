@@ -83,7 +83,8 @@ class Fix:
     """One fix; `cells` is keyed by version specifiers, of which at most one holds a release.
 
     `code` names the files without which a release cannot have the bug. `suite` runs without a GPU, and on
-    every release; those of `cuda` on the releases that have reds there.
+    every release; those of `cuda` on the releases that have reds there. `needs` names earlier fixes on top
+    of which the patch of this one applies; `Catalog.needed` says where.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Fix:
     cells: Mapping[str, Cell]
     suite: Suite
     cuda: tuple[Suite, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def cell(self, version: Version) -> Cell | None:
         """The fix's state in that release; None for a release that nobody has looked at.
@@ -174,6 +176,19 @@ class Catalog:
         except KeyError:
             raise PatchsetError(f"unknown fix {name}: choose from {', '.join(self.fixes)}") from None
 
+    def needed(self, name: str, version: Version) -> frozenset[str]:
+        """The fixes that have to be in that release with this one: what it needs, and what that needs.
+
+        It counts where both have a patch.
+        """
+        names = (name, *self.fixes[name].needs) if name in self.fixes else ()
+        cells = {each: self.fixes[each].cell(version) for each in names}
+        patched = [each for each, cell in cells.items() if cell and cell.state is CellState.PATCH]
+        if name not in patched:
+            return frozenset()
+        _, *direct = patched
+        return frozenset(direct).union(*(self.needed(each, version) for each in direct))
+
 
 def published_version(version: Version) -> Version:
     """The version without the mark of a patched wheel."""
@@ -196,7 +211,12 @@ def load(root: Path | None = None) -> Catalog:
         default, releases = parse_releases(text)
     with _reading(root / "fixes.toml") as text:
         table = Table(tomllib.loads(text))
-        fixes = {name: _fix(name, table) for name in table}
+        fixes: dict[str, Fix] = {}
+        for name in table:
+            fix = _fix(name, table)
+            # None after it: there are no cycles.
+            must(fixes.keys() >= set(fix.needs), f"{name}: needs names what is no fix before it")
+            fixes[name] = fix
         for suite in (suite for fix in fixes.values() for suite in fix.cuda):
             must(all(name in fixes for name in suite.behind), "behind names a fix that is not there")
     return Catalog(root, releases[default], releases, fixes)
@@ -245,6 +265,7 @@ def _fix(name: str, table: Table) -> Fix:
             },
             suite=_suite(entry),
             cuda=tuple(map(_suite, entry.tables("cuda"))),
+            needs=entry.texts("needs"),
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -187,6 +187,8 @@ def _list(tables: Catalog, _: argparse.Namespace) -> int:
         for versions, cell in fix.cells.items():
             if cell.note:
                 print(f"{fix.name} {versions}: {cell.note}")
+        if fix.needs:
+            print(f"{fix.name} needs {', '.join(fix.needs)}, where both have a patch")
     _print_gaps(tables.fixes.values(), tables.releases)
     return 0
 

@@ -55,13 +55,15 @@ class Hunk:
 class Patch:
     """One patch file. `files` maps each file that it changes to its blob ids before and after.
 
-    The blob ids are those of the whole series up to here. Paths are a wheel's: `sglang/srt/…`.
+    The blob ids are those of the whole series up to here. Paths are a wheel's: `sglang/srt/…`. `needs` names
+    the fixes of the series on top of which it applies.
     """
 
     fix: str
     path: Path
     sha256: str
     files: Mapping[str, tuple[str, str]]
+    needs: frozenset[str] = frozenset()
 
     def hunks(self, path: str) -> list[Hunk]:
         """The hunks of one file."""
@@ -117,10 +119,11 @@ def load(catalog: Catalog, release: Release) -> Series:
         raise PatchsetError(f"{listed}: damaged ({error}): install sglang-patchset again") from None
     if stranger := next((name for name in names if not _NAME.fullmatch(name)), None):
         raise PatchsetError(f"{listed}: {stranger} is no name of a patch file: install sglang-patchset again")
-    read = tuple(_read(directory / name) for name in names)
+    read = [_read(directory / name) for name in names]
     if len({patch.fix for patch in read}) < len(read):
         raise PatchsetError(f"{listed}: lists a fix twice: install sglang-patchset again")
-    return Series(release, read)
+    needed = {patch.fix: catalog.needed(patch.fix, release.version) for patch in read}
+    return Series(release, tuple(replace(patch, needs=needed[patch.fix]) for patch in read))
 
 
 def digest(patches: Iterable[Patch]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from sglang_patchset import git, patches, results
 from sglang_patchset.catalog import Catalog, Fix, Release
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.patches import Patch
+from sglang_patchset.patches import Patch, Series
 from sglang_patchset.results import Seen
 
 # Upstream's unit tests lie as the package does: srt/observability has test/registered/unit/observability.
@@ -86,36 +86,57 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
 def _apply(catalog: Catalog, fix: Fix, directory: Path, index: Mapping[str, str]) -> tuple[Release, Patch]:
     """Put the fix into an index of HEAD: the patch of the release that fits, the newest first."""
     listed = git.run("ls-tree", "-r", "HEAD", "python/sglang", cwd=directory)
+    all_series = [patches.load(catalog, release) for release in catalog.releases.values()]
     candidates = [
-        (release, patch)
-        for release in sorted(catalog.releases.values(), key=lambda each: each.version, reverse=True)
-        if (patch := patches.load(catalog, release).patch(fix.name))
+        (series, patch)
+        for series in sorted(all_series, key=lambda each: each.release.version, reverse=True)
+        if (patch := series.patch(fix.name))
     ]
-    # The patch of the very release comes first, where HEAD is one.
-    candidates.sort(key=lambda each: sum(old in listed for old, _ in each[1].files.values()), reverse=True)
+    # The patch of the very release comes first, where HEAD is one, with other fixes or without.
+    candidates.sort(key=lambda each: _files_of(each[0], each[1], listed), reverse=True)
     if not candidates:
         raise PatchsetError(f"{fix.name}: no release has a patch for it: see `sglang-patchset list`")
     git.run("read-tree", "HEAD", cwd=directory, env=index)
-    for _, patch in candidates:
+
+    def has(patch: Patch) -> bool:
         file = str(patch.path)
-        if git.succeeds("apply", "--cached", "--check", "-R", file, cwd=directory, env=index):
-            raise PatchsetError(f"{directory}: its HEAD has {fix.name} already: check out one without it")
+        return git.succeeds("apply", "--cached", "--check", "-R", file, cwd=directory, env=index)
+
+    if any(has(patch) for _, patch in candidates):
+        raise PatchsetError(f"{directory}: its HEAD has {fix.name} already: check out one without it")
+    lacking = [
+        [each.fix for each in series.patches if each.fix in patch.needs and not has(each)]
+        for series, patch in candidates
+    ]
     # Three-way wherever git has the release's blobs: where no patch fits as it is.
     for options in ([], ["--3way"]):
-        for release, patch in candidates:
+        for (series, patch), lacks in zip(candidates, lacking, strict=True):
             git.run("read-tree", "HEAD", cwd=directory, env=index)
+            if lacks:
+                continue
             if git.succeeds("apply", "--cached", *options, str(patch.path), cwd=directory, env=index):
-                return release, patch
+                return series.release, patch
     git.run("read-tree", "HEAD", cwd=directory, env=index)
-    release, patch = candidates[0]
+    series, patch = candidates[0]
+    if lacking[0]:
+        raise PatchsetError(
+            f"{directory}: its HEAD lacks {', '.join(lacking[0])}, which {fix.name} needs: "
+            "export that first, and check out its branch"
+        )
     try:
         git.run("apply", "--cached", "--check", str(patch.path), cwd=directory, env=index)
     except PatchsetError as error:
         raise PatchsetError(
             f"{patch.path}: does not fit HEAD, three-way neither ({error}): check out SGLang "
-            f"{release.version}, or carry the series on by `sglang-patchset rebase`"
+            f"{series.release.version}, or carry the series on by `sglang-patchset rebase`"
         ) from None
     raise AssertionError("it applied neither with nor without --check")
+
+
+def _files_of(series: Series, patch: Patch, listed: str) -> int:
+    """How many of a patch's files are that release's own in a listing, with some fixes in them or none."""
+    ids = ({blob for each in series.files[path] for blob in each.files[path]} for path in patch.files)
+    return sum(any(blob in listed for blob in each) for each in ids)
 
 
 def _test_path(fix: Fix, directory: Path) -> str:

@@ -37,7 +37,8 @@ def select(
     """The survey of a pinned release, and the fixes among those named (or all) that are in this state.
 
     Raises:
-        PatchsetError: an unknown fix, a release that is not pinned, or a fix whose state is unknown.
+        PatchsetError: an unknown fix, a release that is not pinned, a fix whose state is unknown, or one
+            that needs another.
     """
     chosen = [report.fixes[catalog.fix(name).name] for name in names] or list(report.fixes.values())
     if report.survey is None:
@@ -51,7 +52,30 @@ def select(
             f"{report.target}: {'; '.join(unknown)}: put these files back as the release has them, "
             "or name the other fixes alone"
         )
-    return report.survey, [each.fix.name for each in chosen if each.state is state]
+    fixes = [each.fix.name for each in chosen if each.state is state]
+    if state is FixState.VULNERABLE:
+        _check_needs(report, report.survey, fixes)
+    else:
+        _check_needed(report, report.survey, fixes)
+    return report.survey, fixes
+
+
+def _check_needs(report: Report, found: Survey, fixes: Sequence[str]) -> None:
+    """See that what these fixes need goes in with them, or is in."""
+    ready = {name for name, each in report.fixes.items() if each.state is FixState.PATCHED}.union(fixes)
+    for patch in found.series.patches:
+        if patch.fix in fixes and not patch.needs <= ready:
+            lacking = ", ".join(sorted(patch.needs - ready))
+            raise PatchsetError(f"{report.target}: {patch.fix} needs {lacking}: apply them together")
+
+
+def _check_needed(report: Report, found: Survey, fixes: Sequence[str]) -> None:
+    """See that what needs these fixes comes out with them, or is not in."""
+    staying = found.traces().difference(fixes)
+    for patch in found.series.patches:
+        if patch.fix in staying and not patch.needs.isdisjoint(fixes):
+            leaving = ", ".join(sorted(patch.needs.intersection(fixes)))
+            raise PatchsetError(f"{report.target}: {patch.fix} needs {leaving}: revert them together")
 
 
 def contents(

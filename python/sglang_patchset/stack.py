@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -121,7 +121,8 @@ def opened(catalog: Catalog, directory: Path) -> Iterator[Stack]:
                     f"{_named(bare, commit)}: {fix} again, after {fixes[fix][:10]}: make one commit of them"
                 )
             fixes[fix] = commit
-        yield Stack(release, tuple(_write(bare, base, head, list(fixes.items()), Path(scratch))))
+        needs = {fix: catalog.needed(fix, release.version) for fix in fixes}
+        yield Stack(release, tuple(_write(bare, base, head, list(fixes.items()), needs, Path(scratch))))
 
 
 def without_a_fix(directory: Path, release: Release) -> str:
@@ -235,9 +236,17 @@ def _check(catalog: Catalog, bare: Path, commit: str) -> str:
 
 
 def _write(
-    bare: Path, base: str, head: str, commits: Sequence[tuple[str, str]], scratch: Path
+    bare: Path,
+    base: str,
+    head: str,
+    commits: Sequence[tuple[str, str]],
+    needs: Mapping[str, Set[str]],
+    scratch: Path,
 ) -> Iterator[Mail]:
-    """Each commit's mail, once it is seen to need no other, and to give the same commit again."""
+    """Each commit's mail, once it is seen to need no other, and to give the same commit again.
+
+    `needs` names, for each fix, those that it does need.
+    """
     if not commits:
         return
     git.run(
@@ -246,14 +255,22 @@ def _write(
         cwd=bare,
     )
     index, alone = ({"GIT_INDEX_FILE": str(scratch / name)} for name in ("index", "alone"))
-    for each in (index, alone):
-        git.run("read-tree", base, cwd=bare, env=each)
+    git.run("read-tree", base, cwd=bare, env=index)
+    before: dict[str, Path] = {}
     for number, (fix, commit) in enumerate(commits, 1):
+        if missing := sorted(needs[fix] - before.keys()):
+            raise PatchsetError(
+                f"{_named(bare, commit)}: {fix} needs {', '.join(missing)}: put the commit of that before it"
+            )
+        git.run("read-tree", base, cwd=bare, env=alone)
+        for needed in (mail for each, mail in before.items() if each in needs[fix]):
+            git.run("apply", "--cached", "--whitespace=nowarn", str(needed), cwd=bare, env=alone)
         mail = (scratch / str(number)).rename(scratch / f"{number:04}-{fix}.patch")
         if not git.succeeds("apply", "--cached", "--check", str(mail), cwd=bare, env=alone):
             raise PatchsetError(
                 f"{_named(bare, commit)}: does not apply to the release without the commits before it: "
-                "keep it more than three lines away from theirs, or make one fix of them"
+                "keep it more than three lines away from theirs, make one fix of them, or say in "
+                "fixes.toml what it needs"
             )
         git.run("apply", "--cached", "--whitespace=nowarn", str(mail), cwd=bare, env=index)
         tree = git.run("write-tree", cwd=bare, env=index)
@@ -269,6 +286,7 @@ def _write(
                 f"{_named(bare, commit)}: `git am` would not give it back as it is: "
                 "reword it without [brackets] in front, `---` and `diff`"
             )
+        before[fix] = mail
         yield Mail(fix, commit, mail)
 
 

@@ -65,6 +65,10 @@ class Survey:
         lacking = [path for path in states if path not in having]
         return Presence.UNKNOWN, f"half patched: {', '.join(having)} has it, {', '.join(lacking)} lacks it"
 
+    def traces(self) -> frozenset[str]:
+        """The fixes that are in some file, whole or not."""
+        return frozenset().union(*(state.applied for state in self.files.values()))
+
     def foreign(self) -> list[str]:
         """The touched files that have somebody else's changes too, or are missing."""
         return [path for path, state in self.files.items() if state.foreign or state.problem]
@@ -161,23 +165,31 @@ def _among_others(series: Series, path: str, content: bytes) -> FileState:
 
     A patch is in, or out, where each of its hunks has its lines after, or before, exactly once, in the class
     or function that it is for, and those of the other side nowhere: whatever git does with it, there is no
-    second place.
+    second place. A patch that needs others comes off before those are looked for, and is out where they are.
     """
-    applied, conflicts, near = set(), {}, set()
-    for patch in series.files[path]:
+    applied, conflicts, near, found = set(), {}, set(), content
+    for patch in reversed(series.files[path]):
         hunks = patch.hunks(path)
-        sides = [_sides(content, hunk) for hunk in hunks]
+        sides = [_sides(found, hunk) for hunk in hunks]
         for number, hunk in enumerate(hunks):
-            if sides[number] == (0, 0) and (close := _sides_near(content, hunk)) != (0, 0):
+            if sides[number] == (0, 0) and (close := _sides_near(found, hunk)) != (0, 0):
                 sides[number] = close
+                hunks[number] = hunk.near(1, 1)
                 near.add(patch.fix)
         if set(sides) == {(0, 1)}:
             applied.add(patch.fix)
+            for hunk in hunks if patch.needs else ():
+                (place,) = _places(found, hunk.after)
+                found = found[:place] + hunk.before + found[place + len(hunk.after) :]
         elif set(sides) != {(1, 0)}:
             line, reason = _conflict([hunk.line for hunk in hunks], sides)
             conflicts[patch.fix] = f"{reason} the hunk at line {line} of {patch.path.name}"
             if 0 < content.count(b"\n") == content.count(b"\r\n"):
                 conflicts[patch.fix] = "has other line ends (CRLF) than the release"
+    for patch in series.files[path]:
+        lacking = patch.needs - applied - conflicts.keys()
+        if any(each.fix in lacking for each in series.files[path]):
+            conflicts.pop(patch.fix, None)
     return FileState(content, frozenset(applied), foreign=True, conflicts=conflicts, near=frozenset(near))
 
 

@@ -40,8 +40,13 @@ class Trees:
         return self.partly(release, [patch.fix for patch in patches.load(self._catalog, release).patches])
 
     def partly(self, release: Release, fixes: Collection[str]) -> Path:
-        """The release with those of the fixes that it has a patch for. As `published` otherwise."""
-        chosen = [patch for patch in patches.load(self._catalog, release).patches if patch.fix in fixes]
+        """The release with those of the fixes that it has a patch for, and with what they need.
+
+        As `published` otherwise.
+        """
+        listed = patches.load(self._catalog, release).patches
+        wanted = {*fixes}.union(*(patch.needs for patch in listed if patch.fix in fixes))
+        chosen = [patch for patch in listed if patch.fix in wanted]
         if not chosen:
             return self.published(release)
         digest = patches.digest(chosen)

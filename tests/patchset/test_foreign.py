@@ -37,7 +37,7 @@ def test_every_fix_among_other_changes(series: Series, unpacked: Mapping[str, Pa
     found = survey.take(series, theirs.get)
     assert sorted(found.foreign()) == sorted(series.files)
     every = frozenset(patch.fix for patch in series.patches)
-    for subset in (*(frozenset({fix}) for fix in every), every):
+    for subset in (*(patch.needs | {patch.fix} for patch in series.patches), every):
         patched = {**theirs, **contents(found, add=subset)}
         after = survey.take(series, patched.get)
         for patch in series.patches:

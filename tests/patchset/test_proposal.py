@@ -38,14 +38,17 @@ def test_each_fix(
     state = git(checkout, "status", "--porcelain"), git(checkout, "rev-parse", "HEAD")
     for number, patch in enumerate(series.patches):
         text = tmp_path / f"{patch.fix}.md"
+        for need in patch.needs:
+            git(checkout, "checkout", "--quiet", f"fix/{need}")
+        base = git(checkout, "rev-parse", "HEAD").strip()
         result = command("export", patch.fix, checkout, text)
         assert (result.code, result.err) == (0, "")
         assert "and test/registered/unit/" in result.out
         branch = f"fix/{patch.fix}"
-        changed = git(checkout, "diff", "--name-only", "main", branch).split()
+        changed = git(checkout, "diff", "--name-only", base, branch).split()
         (test,) = (path for path in changed if path.startswith("test/"))
         assert sorted(changed) == sorted([*(f"python/{path}" for path in patch.files), test])
-        assert git(checkout, "rev-list", "--count", f"main..{branch}") == "1\n"
+        assert git(checkout, "rev-list", "--count", f"{base}..{branch}") == "1\n"
         # Beside the tests of the code, as upstream's mirror the package.
         folder = Path(test).parent.relative_to("test/registered/unit")
         assert any(path.startswith(f"sglang/srt/{folder}/") for path in tables.fix(patch.fix).code)
@@ -64,7 +67,7 @@ def test_each_fix(
 
         # The mail gives the same tree.
         mail = git(checkout, "format-patch", "-1", "--stdout", branch)
-        git(checkout, "checkout", "--quiet", "-b", f"mailed{number}", "main")
+        git(checkout, "checkout", "--quiet", "-b", f"mailed{number}", base)
         subprocess.run(["git", "-C", str(checkout), "am", "--quiet"], input=mail, text=True, check=True)
         assert git(checkout, "rev-parse", "HEAD^{tree}") == git(checkout, "rev-parse", f"{branch}^{{tree}}")
         git(checkout, "checkout", "--quiet", "main")
