@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import subprocess
@@ -94,6 +95,18 @@ def identity(repository: Path) -> dict[str, str]:
     }
 
 
+def blob(repository: Path, name: str) -> bytes | None:
+    """The bytes that a repository has under a blob id; None where it has none, or cannot be read."""
+    # No remote is asked for what a partial clone lacks.
+    result = _process("cat-file", "blob", name, cwd=repository, env={"GIT_NO_LAZY_FETCH": "1"})
+    return result.stdout if result.returncode == 0 else None
+
+
+def merge(ours: Path, base: Path, theirs: Path) -> bool:
+    """Merge the changes from `base` to `theirs` into `ours`; False where they meet its own."""
+    return succeeds("merge-file", "--quiet", str(ours), str(base), str(theirs), cwd=ours.parent)
+
+
 def succeeds(*args: str, cwd: Path, env: Mapping[str, str] | None = None) -> bool:
     """Whether a command of git succeeds; as `run` otherwise."""
     return _call(*args, cwd=cwd, env=env).returncode == 0
@@ -116,6 +129,17 @@ def reading(repository: Path) -> Iterator[Path]:
 def _call(
     *args: str, cwd: Path, env: Mapping[str, str] | None = None, stdin: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
+    result = _process(*args, cwd=cwd, env=env, stdin=stdin)
+    stdout, stderr = (
+        io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace").read()
+        for data in (result.stdout, result.stderr)
+    )
+    return subprocess.CompletedProcess(result.args, result.returncode, stdout, stderr)
+
+
+def _process(
+    *args: str, cwd: Path, env: Mapping[str, str] | None = None, stdin: Path | None = None
+) -> subprocess.CompletedProcess[bytes]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     clean |= {
         "GIT_CONFIG_NOSYSTEM": "1",
@@ -133,8 +157,6 @@ def _call(
                 env=clean | dict(env or {}),
                 stdin=source,
                 capture_output=True,
-                text=True,
-                errors="replace",
                 check=False,
             )
         except FileNotFoundError:

@@ -90,7 +90,7 @@ def examine(catalog: Catalog, target: Target) -> Report:
 def _examine(catalog: Catalog, target: Target) -> Report:
     fixes = catalog.fixes.values()
     with target.reader() as read:
-        found = _survey(catalog, target.version, read)
+        found = _survey(catalog, target, read)
         if found is None:
             return _report(target, None, [_by_version(catalog, fix, target.version, read) for fix in fixes])
         applied = receipt.parse(read(receipt.PATH))
@@ -102,16 +102,17 @@ def _report(target: Target, found: Survey | None, statuses: Sequence[FixStatus])
     return Report(target, found, {status.fix.name: status for status in statuses})
 
 
-def _survey(catalog: Catalog, version: Version | None, read: Reader) -> Survey | None:
+def _survey(catalog: Catalog, target: Target, read: Reader) -> Survey | None:
     """The survey of the pinned release that a tree is."""
+    version = target.version
     claimed = catalog.releases.get(published_version(version)) if version else None
-    taken = survey.take(patches.load(catalog, claimed), read) if claimed else None
+    taken = survey.take(patches.load(catalog, claimed), read, target.blob) if claimed else None
     if taken and taken.files and not taken.foreign():
         return taken
     # A checkout's version may be that of another commit, or of none: its files may still be a release's.
     others = [patches.load(catalog, each) for each in catalog.releases.values() if each is not claimed]
     fitting = [series for series in others if survey.matches(series, read)]
-    return survey.take(fitting[0], read) if len(fitting) == 1 else taken
+    return survey.take(fitting[0], read, target.blob) if len(fitting) == 1 else taken
 
 
 def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None, read: Reader) -> FixStatus:

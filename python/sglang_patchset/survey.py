@@ -13,7 +13,7 @@ from pathlib import Path
 from sglang_patchset import git
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.patches import Hunk, Patch, Series
-from sglang_patchset.targets import Reader
+from sglang_patchset.targets import Blobs, Reader
 
 _SCOPE = re.compile(rb"^(?:class|def|async def) \w+", re.MULTILINE)
 
@@ -32,7 +32,8 @@ class FileState:
 
     `foreign` says that somebody else's changes are in it too; `conflicts` names the fixes whose lines those
     touch, each with the place. `near` names those that are told by a single line on one side, where
-    somebody else's changes come close.
+    somebody else's changes come close. `base` is the file as the release has it, where that was needed and
+    git has it.
     """
 
     content: bytes = b""
@@ -41,6 +42,7 @@ class FileState:
     foreign: bool = False
     conflicts: Mapping[str, str] = field(default_factory=dict)
     near: frozenset[str] = frozenset()
+    base: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class Survey:
         return [path for path, state in self.files.items() if state.foreign or state.problem]
 
 
-def take(series: Series, read: Reader) -> Survey:
+def take(series: Series, read: Reader, blobs: Blobs = lambda _: None) -> Survey:
     """Look at every file that the series touches."""
-    return Survey(series, {path: _inspect(series, path, read(path)) for path in series.files})
+    return Survey(series, {path: _inspect(series, path, read(path), blobs) for path in series.files})
 
 
 def matches(series: Series, read: Reader) -> bool:
@@ -115,7 +117,10 @@ def rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, bytes
 def _check_way_back(found: Survey, contents: Mapping[str, bytes], wanted: Mapping[str, Set[str]]) -> None:
     """See that files with somebody else's changes have what is wanted, and lead back to the same bytes."""
     series = found.series
-    after = {path: _among_others(series, path, content) for path, content in contents.items()}
+    after = {
+        path: _among_others(series, path, content, found.files[path].base)
+        for path, content in contents.items()
+    }
     back = _rewrite(Survey(series, after), {path: found.files[path].applied for path in after})
     for path, state in after.items():
         before = found.files[path]
@@ -138,10 +143,13 @@ def _rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, byte
         return {path: (tree / path).read_bytes() for path in wanted}
 
 
-def _inspect(series: Series, path: str, content: bytes | None) -> FileState:
+def _inspect(series: Series, path: str, content: bytes | None, blobs: Blobs) -> FileState:
     if content is None:
         return FileState(problem="is missing")
-    return _own(series, path, content) or _among_others(series, path, content)
+    state = _own(series, path, content) or _among_others(series, path, content)
+    if state.conflicts and (base := blobs(series.published_id(path))):
+        return _among_others(series, path, content, base)
+    return state
 
 
 def _own(series: Series, path: str, content: bytes) -> FileState | None:
@@ -160,19 +168,20 @@ def _own(series: Series, path: str, content: bytes) -> FileState | None:
     return None
 
 
-def _among_others(series: Series, path: str, content: bytes) -> FileState:
+def _among_others(series: Series, path: str, content: bytes, base: bytes | None = None) -> FileState:
     """The state of a file that has somebody else's changes, told by the lines of each patch alone.
 
     A patch is in, or out, where each of its hunks has its lines after, or before, exactly once, in the class
     or function that it is for, and those of the other side nowhere: whatever git does with it, there is no
     second place. A patch that needs others comes off before those are looked for, and is out where they are.
+    With `base`, the file as the release has it, git's three-way merge may bear a place out.
     """
     applied, conflicts, near, found = set(), {}, set(), content
     for patch in reversed(series.files[path]):
         hunks = patch.hunks(path)
         sides = [_sides(found, hunk) for hunk in hunks]
         for number, hunk in enumerate(hunks):
-            if sides[number] == (0, 0) and (close := _sides_near(found, hunk)) != (0, 0):
+            if sides[number] == (0, 0) and (close := _sides_near(found, hunk, base)) != (0, 0):
                 sides[number] = close
                 hunks[number] = hunk.near(1, 1)
                 near.add(patch.fix)
@@ -190,7 +199,9 @@ def _among_others(series: Series, path: str, content: bytes) -> FileState:
         lacking = patch.needs - applied - conflicts.keys()
         if any(each.fix in lacking for each in series.files[path]):
             conflicts.pop(patch.fix, None)
-    return FileState(content, frozenset(applied), foreign=True, conflicts=conflicts, near=frozenset(near))
+    return FileState(
+        content, frozenset(applied), foreign=True, conflicts=conflicts, near=frozenset(near), base=base
+    )
 
 
 def _conflict(lines: Sequence[int], sides: Sequence[tuple[int, int]]) -> tuple[int, str]:
@@ -214,24 +225,45 @@ def _sides(content: bytes, hunk: Hunk) -> tuple[int, int]:
     return len(before), len(after)
 
 
-def _sides_near(content: bytes, hunk: Hunk) -> tuple[int, int]:
-    """As `_sides`, where somebody else's changes come close on one side, but not to the next line.
+def _sides_near(content: bytes, hunk: Hunk, base: bytes | None) -> tuple[int, int]:
+    """As `_sides`, where somebody else's changes come close, but not to the next line.
 
-    All lines on the other side have to be there, and a single line on both must tell the place by itself:
-    git, which looks for that, then finds no other. The same has to hold when the hunk is changed there.
+    A single line on both sides must tell the place by itself: git, which looks for that, then finds no other.
+    The same has to hold when the hunk is changed there. And all lines on one side have to be there, or
+    git's merge, from the file as the release has it, has to come to the same.
     """
     near = hunk.near(1, 1)
     sides = _sides(content, near)
     if sides not in ((1, 0), (0, 1)):
         return 0, 0
-    old, new = (near.before, near.after) if sides == (1, 0) else (near.after, near.before)
+    is_in = sides == (0, 1)
+    old, new = (near.after, near.before) if is_in else (near.before, near.after)
     (place,) = _places(content, old)
     changed = content[:place] + new + content[place + len(old) :]
+    if _sides(changed, near) != sides[::-1]:
+        return 0, 0
     whole = (hunk.near(hunk.above, 1), hunk.near(1, hunk.below))
-    for each, told in ((content, sides), (changed, sides[::-1])):
-        if _sides(each, near) != told or told not in [_sides(each, lines) for lines in whole]:
-            return 0, 0
-    return sides
+    if all(
+        told in [_sides(each, lines) for lines in whole]
+        for each, told in ((content, sides), (changed, sides[::-1]))
+    ):
+        return sides
+    return sides if base and _merged(content, hunk, base, is_in) == changed else (0, 0)
+
+
+def _merged(content: bytes, hunk: Hunk, base: bytes, is_in: bool) -> bytes | None:
+    """What git's three-way merge makes of a file when the hunk is put in, or taken out where it is in."""
+    places = _places(base, hunk.before)
+    if len(places) != 1:
+        return None
+    patched = base[: places[0]] + hunk.after + base[places[0] + len(hunk.before) :]
+    old, new = (patched, base) if is_in else (base, patched)
+    with _scratch({"ours": content, "base": old, "theirs": new}) as tree:
+        return (
+            (tree / "ours").read_bytes()
+            if git.merge(*map(tree.joinpath, ("ours", "base", "theirs")))
+            else None
+        )
 
 
 def _places(content: bytes, lines: bytes) -> list[int]:

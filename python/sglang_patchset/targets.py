@@ -18,12 +18,14 @@ from urllib.parse import unquote, urlsplit
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
-from sglang_patchset import record
+from sglang_patchset import git, record
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.releases import opened
 
 # Returns the bytes of a file by its path in the wheel, None where there is none.
 Reader = Callable[[str], "bytes | None"]
+# The same by the id that git names a file's bytes by.
+Blobs = Callable[[str], "bytes | None"]
 
 INSTALLED = "installed"
 _VERSION = re.compile(r"^(?:__version__ = )?version = ['\"](?P<version>[^'\"]+)['\"]", re.MULTILINE)
@@ -54,6 +56,11 @@ class Package:
     def reader(self) -> Iterator[Reader]:
         """`read`; a wheel has to be opened for it."""
         yield self.read
+
+    def blob(self, name: str) -> bytes | None:
+        """What the repository that the package is in has under a blob id; None where there is none."""
+        repository = next((path for path in self.directory.parents if (path / ".git").exists()), None)
+        return git.blob(repository, name) if repository else None
 
     def record(self) -> Path | None:
         """The RECORD that lists the package's files; an editable install's lists none of them."""
@@ -93,6 +100,10 @@ class Wheel:
         with opened(self.file) as wheel:
             names = set(wheel.namelist())
             yield lambda path: wheel.read(path) if path in names else None
+
+    def blob(self, _: str) -> bytes | None:
+        """As a package's; a wheel is in no repository."""
+        return None
 
 
 Target = Package | Wheel

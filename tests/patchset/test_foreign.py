@@ -130,13 +130,49 @@ def test_changes_close_to_a_fix(tree: Path, command: Command) -> None:
     assert digest(tree) == before
 
 
+def test_changes_close_to_a_fix_where_git_has_the_release(
+    checkout: Path, tree: Path, command: Command
+) -> None:
+    """On both sides: in a checkout, the place is where git's three-way merge finds it."""
+    fix = git(checkout, "rev-list", "--reverse", "release/0.5.12..patchset").split()[0]
+    git(checkout, "checkout", "--quiet", "-b", "theirs", "release/0.5.12")
+    for package in (checkout / "python", tree):
+        change(package / HASH_TOPK, "self.routed_scaling_factor = routed_scaling_factor", "self.theirs = 1")
+        change(package / HASH_TOPK, "=False,\n        )\n\n", "=False,\n        )  # theirs\n\n")
+    # In a package, too little is left to know it by.
+    assert "in the place of the hunk at line 37" in command("apply", tree, HASH).refusal()
+    git(checkout, "commit", "--quiet", "--all", "--message", "Theirs")
+    git(checkout, "checkout", "--quiet", "-b", "merged")
+    git(checkout, "cherry-pick", fix)
+    git(checkout, "checkout", "--quiet", "theirs")
+    found = f"other changes too in {HASH_TOPK}"
+    assert states(command, checkout)[HASH] == ("vulnerable", found)
+    assert command("apply", checkout, HASH).code == 0
+    assert git(checkout, "diff", "--stat", "merged") == ""
+    assert command("apply", checkout).code == 0
+    assert states(command, checkout)[HASH] == ("patched", found)
+    assert command("revert", checkout, HASH).code == 0
+    assert states(command, checkout)[HASH] == ("vulnerable", found)
+    assert command("revert", checkout).code == 0
+    assert git(checkout, "status", "--porcelain") == ""
+    # The very next line is too close for git, too.
+    change(
+        checkout / "python" / HASH_TOPK, "requires_grad=False,\n        )  # theirs", "theirs=1\n        )"
+    )
+    assert "in the place of the hunk at line 37" in command("apply", checkout, HASH).refusal()
+
+
+@pytest.mark.parametrize("git_has_the_release", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_changes_anywhere(seed: int, tables: Catalog, unpacked: Mapping[str, Path]) -> None:
+def test_changes_anywhere(
+    seed: int, git_has_the_release: bool, tables: Catalog, unpacked: Mapping[str, Path]
+) -> None:
     """Whatever lines somebody changed: what a fix is told to be, putting it in or taking it out bears out."""
     random = Random(seed)
     series = patches.load(tables, tables.default)
     base = {path: (unpacked["0.5.12"] / path).read_bytes() for path in series.files}
     patched = contents(survey.take(series, base.get), add={patch.fix for patch in series.patches})
+    blobs = {series.published_id(path): content for path, content in base.items() if git_has_the_release}
     told = 0
     for path, touching in series.files.items():
         hunks = [hunk for patch in touching for hunk in patch.hunks(path)]
@@ -146,7 +182,7 @@ def test_changes_anywhere(seed: int, tables: Catalog, unpacked: Mapping[str, Pat
                 kind = random.randrange(3)
                 lines[at : at + (kind > 0)] = [b"# theirs\n"] * (kind < 2)
             theirs = b"".join(lines)
-            found = survey.take(series, {**base, path: theirs}.get).files[path]
+            found = survey.take(series, {**base, path: theirs}.get, blobs.get).files[path]
             for patch in touching:
                 if patch.fix in found.conflicts:
                     continue
@@ -154,7 +190,7 @@ def test_changes_anywhere(seed: int, tables: Catalog, unpacked: Mapping[str, Pat
                 single = survey.Survey(series, {path: found})
                 other = found.applied ^ {patch.fix}
                 changed = survey.rewrite(single, {path: other})[path]
-                after = survey.take(series, {**base, path: changed}.get).files[path]
+                after = survey.take(series, {**base, path: changed}.get, blobs.get).files[path]
                 assert after.applied == other
                 back = survey.rewrite(survey.Survey(series, {path: after}), {path: found.applied})[path]
                 assert back == theirs
