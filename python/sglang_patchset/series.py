@@ -53,6 +53,13 @@ def select(
             "or name the other fixes alone"
         )
     fixes = [each.fix.name for each in chosen if each.state is state]
+    if unpatched := [name for name in fixes if report.survey.series.patch(name) is None]:
+        if names:
+            raise PatchsetError(
+                f"{report.target}: no patch of {', '.join(unpatched)} for SGLang {report.target.version}: "
+                "see `sglang-patchset list`"
+            )
+        fixes = [name for name in fixes if name not in unpatched]
     if state is FixState.VULNERABLE:
         _check_needs(report, report.survey, fixes)
     else:

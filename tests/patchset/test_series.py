@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_patchset import patches, survey
-from sglang_patchset.catalog import Catalog
+from sglang_patchset import catalog, patches, survey
+from sglang_patchset.catalog import Catalog, Cell, CellState
 from sglang_patchset.patches import Series
 from sglang_patchset.series import contents
 from sglang_patchset.survey import Presence
@@ -100,6 +101,24 @@ def test_patches_applied_by_hand_are_recognised(tree: Path, tables: Catalog, com
     assert _states(command("status", tree).out)[DSV4] == "patched"
     assert command("revert", tree, DSV4).code == 0
     assert _states(command("status", tree).out)[DSV4] == "vulnerable"
+
+
+def test_a_bug_that_nothing_is_carried_for(
+    tree: Path, tables: Catalog, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = {"==0.5.12": Cell(CellState.UNPATCHED, "no patch for this release")}
+    uncarried = dataclasses.replace(tables.fix(DSV4), name="uncarried", cells=cells)
+    fixes = {**tables.fixes, uncarried.name: uncarried}
+    monkeypatch.setattr(catalog, "load", lambda: dataclasses.replace(tables, fixes=fixes))
+    refusal = command("apply", tree, DSV4, uncarried.name).refusal()
+    assert "no patch of uncarried for SGLang 0.5.12: see `sglang-patchset list`" in refusal
+    result = command("apply", tree)
+    assert (result.code, result.err) == (0, "")
+    states = _states(result.out)
+    assert {fix for fix, state in states.items() if state == "vulnerable"} == {uncarried.name}
+    result = command("status", tree)
+    assert result.code == 1
+    assert "no patch for this release" in result.out
 
 
 def _states(table: str) -> dict[str, str]:
