@@ -325,7 +325,12 @@ class TestRoutedExpertsCapacity(CustomTestCase):
     def test_verify(self):
         for dp_size in (1, 2, 4):
             for draft_tokens in (2, 4, 7):
-                c = Configuration(dp_size=dp_size, draft_tokens=draft_tokens)
+                # The rows of draft decode are the draft model's.
+                c = Configuration(
+                    dp_size=dp_size,
+                    draft_tokens=draft_tokens,
+                    server_args=dict(speculative_eagle_topk=8),
+                )
                 self.check(c, Forward.of_requests(c, draft_tokens))
                 self.check(c, Forward.of_requests(c))
                 self.check_size(c, 8 * draft_tokens)
