@@ -46,6 +46,9 @@ def test_every_patch_is_seen_on_a_gpu(tables: Catalog) -> None:
         ),
         *(("routed-experts-dp-buffer", release, 2) for release in ("0.5.11", "0.5.12", "0.5.12.post1")),
         ("swa-graph-padding", "0.5.11", 1),
+        *(("dsa-pipeline-handoff", release, 2) for release in ("0.5.12", "0.5.12.post1", "0.5.13")),
+        ("mtp-index-reuse", "0.5.13", 1),
+        *(("routed-experts-capacity", release, 1) for release in ("0.5.12", "0.5.12.post1")),
     }
 
 
