@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sglang_patchset import benchmarks
 from sglang_patchset.plots import number
 
+_Writer = Callable[[Mapping[str, Any]], Iterator[str]]
 OVERHEAD, REUSE, TOOL, TESTS = "overhead", "mtp-reuse", "tool", "tests"
+
+
+# The fix that a benchmark is about, where it is one alone.
+_ABOUT = {REUSE: "dsa-index-sharing"}
 
 
 def sentences(root: Path) -> list[str]:
     """The main figures of the clone at `root`, in Markdown; none of a benchmark that nobody ran."""
     writers = {OVERHEAD: _overhead, REUSE: _reuse, TOOL: _tool, TESTS: _tests}
-    found = []
+    return [
+        f"{sentence} ([{str(result['date'])[:10]}](results/{result['file']}))"
+        for sentence, result in _written(root, writers)
+    ]
+
+
+def speed(root: Path, fix: str) -> list[str]:
+    """What is known of SGLang's speed with a fix and the others of its series; as `sentences` otherwise."""
+    writers = {OVERHEAD: _overhead, REUSE: _reuse}
+    about = {what: writer for what, writer in writers.items() if _ABOUT.get(what, fix) == fix}
+    return [f"{sentence} ({str(result['date'])[:10]})" for sentence, result in _written(root, about)]
+
+
+def _written(root: Path, writers: Mapping[str, _Writer]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for what, writer in writers.items():
         if result := benchmarks.newest(root, what):
-            source = f"[{str(result['date'])[:10]}](results/{result['file']})"
-            found.append(f"{' '.join(writer(result))} ({source})")
-    return found
+            yield " ".join(writer(result)), result
 
 
 def steady(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sglang_patchset import git, patches, results
+from sglang_patchset import figures, git, patches, results
 from sglang_patchset.catalog import Catalog, Fix, Release
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.patches import Patch, Series
 from sglang_patchset.results import Seen
+from sglang_patchset.upstream import TAG
 
 # Upstream's unit tests lie as the package does: srt/observability has test/registered/unit/observability.
 _TESTS = PurePosixPath("test/registered/unit")
@@ -75,9 +76,8 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
         head = git.run("rev-parse", "HEAD", cwd=directory).strip()
         commit = git.run("commit-tree", "-p", head, "-F", str(message), tree, cwd=directory, env=who).strip()
         stat = git.run("diff", "--no-color", "--no-ext-diff", "--stat", head, commit, cwd=directory)
-    page = _page(
-        fix, release, subject, body, stat, test, [each for each in results.seen(catalog) if each.fix == name]
-    )
+    seen = [each for each in results.seen(catalog) if each.fix == name]
+    page = _page(fix, release, subject, body, stat, test, seen, figures.speed(clone, name))
     text.write_text(page, encoding="utf-8")
     git.run("update-ref", f"refs/heads/{branch}", commit, "", cwd=directory)
     return Proposal(branch, commit, test, release)
@@ -92,8 +92,16 @@ def _apply(catalog: Catalog, fix: Fix, directory: Path, index: Mapping[str, str]
         for series in sorted(all_series, key=lambda each: each.release.version, reverse=True)
         if (patch := series.patch(fix.name))
     ]
-    # The patch of the very release comes first, where HEAD is one, with other fixes or without.
-    candidates.sort(key=lambda each: _files_of(each[0], each[1], listed), reverse=True)
+    # The patch of the very release comes first, where HEAD is one, with other fixes or without: by its files,
+    # then by its tag.
+    tags = git.run("tag", "--points-at", "HEAD", cwd=directory).split()
+    candidates.sort(
+        key=lambda each: (
+            _files_of(each[0], each[1], listed),
+            not {f"v{each[0].release.version}", f"{TAG}{each[0].release.version}"}.isdisjoint(tags),
+        ),
+        reverse=True,
+    )
     if not candidates:
         raise PatchsetError(f"{fix.name}: no release has a patch for it: see `sglang-patchset list`")
     git.run("read-tree", "HEAD", cwd=directory, env=index)
@@ -177,6 +185,7 @@ def _page(
     stat: str,
     test: str,
     seen: Sequence[Seen],
+    speed: Sequence[str],
 ) -> str:
     """The pull request's text, in the form of upstream's template."""
     why: list[str] = []
@@ -215,7 +224,7 @@ def _page(
 
 ## Speed Tests and Profiling
 
-Not run.
+{chr(10).join(f"- {sentence}" for sentence in speed) or "Not run."}
 
 ## Checklist
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from packaging.version import Version
 
-from sglang_patchset import patches
+from sglang_patchset import patches, results
 from sglang_patchset.catalog import Catalog
 
-from .conftest import ROOT, Command, change, copy, edit, from_copy, git
+from .conftest import HERE, ROOT, Command, change, copy, edit, from_copy, git
 
-HASH, DSV4, ROUTED = "hash-topk-dummy-weights", "dsv4-expert-distribution", "routed-experts-dp-buffer"
+HASH, DSA, DSV4 = "hash-topk-dummy-weights", "dsa-index-sharing", "dsv4-expert-distribution"
 HASH_TOPK = "python/sglang/srt/layers/moe/hash_topk.py"
 TEST = "test/registered/unit/layers/moe/test_hash_topk_dummy_weights.py"
 SECTIONS = ["Motivation", "Modifications", "Accuracy Tests", "Speed Tests and Profiling", "Checklist"]
@@ -43,7 +45,7 @@ def test_each_fix(
         base = git(checkout, "rev-parse", "HEAD").strip()
         result = command("export", patch.fix, checkout, text)
         assert (result.code, result.err) == (0, "")
-        assert "and test/registered/unit/" in result.out
+        assert f": one commit, the patch of {release} and test/registered/unit/" in result.out
         branch = f"fix/{patch.fix}"
         changed = git(checkout, "diff", "--name-only", base, branch).split()
         (test,) = (path for path in changed if path.startswith("test/"))
@@ -63,7 +65,12 @@ def test_each_fix(
             assert word not in text.read_text()
         assert "Symptom: " in message
         assert "Fix: " in message
-        assert [line[3:] for line in text.read_text().splitlines() if line.startswith("## ")] == SECTIONS
+        page = text.read_text()
+        assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == SECTIONS
+        assert f"Without the change, on {release}, these of its tests fail" in page
+        # What this clone's own results have of it.
+        for seen in results.seen(tables):
+            assert (f"«{seen.words}»; with it {seen.patched}" in page) == (seen.fix == patch.fix)
 
         # The mail gives the same tree.
         mail = git(checkout, "format-patch", "-1", "--stdout", branch)
@@ -93,6 +100,24 @@ def test_the_suite_of_the_neighbours(plain: Path, command: Command, tmp_path: Pa
     assert "stage-a" not in test
     original = (ROOT / "tests" / "regression" / HASH / Path(TEST).name).read_text()
     assert test.replace("base-a", "stage-a") == original
+
+
+@pytest.mark.parametrize("release", ["0.5.12", HERE[-1]])
+def test_upstream_s_own_reader_of_registrations(
+    release: str, plain: Path, wheels: Mapping[str, Path], command: Command, tmp_path: Path
+) -> None:
+    """That of the release, and today's, reads from the test which suite it is in."""
+    registry = plain / "python" / "sglang" / "test" / "ci" / "ci_register.py"
+    registry.unlink()
+    registry.write_bytes(ZipFile(wheels[release]).read("sglang/test/ci/ci_register.py"))
+    if git(plain, "status", "--porcelain"):
+        git(plain, "commit", "--quiet", "--all", "--message", f"As {release} has it")
+    assert command("export", HASH, plain, tmp_path / "text.md").code == 0
+    git(plain, "checkout", "--quiet", f"fix/{HASH}")
+    (found,), has_main = runpy.run_path(str(registry))["ut_parse_one_file"](str(plain / TEST))
+    assert has_main
+    assert (found.backend.name, found.est_time, found.disabled) == ("CPU", 2, None)
+    assert found.suite == ("base" if Version(release) >= Version("0.5.13") else "stage") + "-a-test-cpu"
 
 
 def test_three_way(plain: Path, command: Command, tmp_path: Path) -> None:
@@ -155,6 +180,40 @@ def test_evidence(project: Path, plain: Path, tables: Catalog, tmp_path: Path) -
     assert "gpu-H200-2026-11-22.json: not what a run writes" in refusal
     assert not text.exists()
     assert git(plain, "branch", "--list", "fix/*") == ""
+
+
+def test_speed(project: Path, plain: Path, tmp_path: Path) -> None:
+    """What the newest benchmarks say, those of another fix aside."""
+
+    def speed(fix: str) -> str:
+        text = tmp_path / f"{fix}.md"
+        assert from_copy(project, "export", fix, plain, text).code == 0
+        _, _, rest = text.read_text().partition("## Speed Tests and Profiling\n\n")
+        text.unlink()
+        git(plain, "branch", "--quiet", "--delete", "--force", f"fix/{fix}")
+        return rest.partition("\n\n## Checklist")[0]
+
+    assert speed(HASH) == "Not run."
+    head = {"date": "2026-11-22T03:00:00+00:00", "complete": True, "gpu": "NVIDIA H200"}
+    steps = {
+        "batch": 8,
+        "captured": 8,
+        "prefill": {"gpu": {"ratio": 0.999}},
+        "decode": {"gpu": {"ratio": 1.001}},
+    }
+    case = {"name": "DeepSeek-V4", "same work": True, "batches": [steps]}
+    graph = {"ratio": 0.71, "limit": 0.6, "indexer speedup": 3.1}
+    iteration = {"context": 65536, "batch": 8, "steps": 3, "graph": graph}
+    (project / "results").mkdir()
+    for what, contents in (("overhead", {"cases": [case]}), ("mtp-reuse", {"iterations": [iteration]})):
+        file = project / "results" / f"bench-{what}-2026-11-22T0300Z.json"
+        file.write_text(json.dumps(head | contents))
+    (overhead,), (same, reuse) = (speed(fix).splitlines() for fix in (HASH, DSA))
+    assert overhead == same
+    assert "NVIDIA H200: prefill and decode steps of " in overhead
+    assert "take 0.999 to 1.001 times as long" in overhead
+    assert "64k tokens, batch 8, 3 steps, an iteration takes 0.71 of the time" in reuse
+    assert "results/" not in overhead + reuse
 
 
 def test_what_cannot_be_exported(
