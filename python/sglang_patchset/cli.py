@@ -252,6 +252,9 @@ def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
     for fix, _, detail in done.fixes:
         if detail:
             print(f"{fix}: {detail}")
+    # What upstream did in other words, git does not see.
+    carried = [tables.fix(fix) for fix, outcome, _ in done.fixes if outcome is not rebase.Outcome.DROPPED]
+    _print_gaps(carried, [done.release.version])
     if done.done:
         print(f"`sglang-patchset refresh {options.directory}` writes patches/{done.release.version}")
         return 0

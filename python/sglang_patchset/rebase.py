@@ -122,7 +122,7 @@ def _report(directory: Path, release: Release, given: dict[str, None]) -> Iterat
         elif fix not in pending:
             yield fix, Outcome.DROPPED, f"already in {release.version}: nothing is left of it"
         elif fix == pending[0]:
-            places = "; ".join(_conflicts(directory))
+            places = "; ".join(_conflicts(directory, release))
             yield fix, Outcome.CONFLICT, places or "nothing of it is staged: `git am --skip` leaves it out"
         else:
             yield fix, Outcome.WAITS, ""
@@ -143,15 +143,17 @@ def _pending(directory: Path) -> list[str]:
     return [fix for mail in mails for fix in re.findall(r"^Patchset-Fix: (\S+)$", mail, re.MULTILINE)]
 
 
-def _conflicts(directory: Path) -> Iterator[str]:
+def _conflicts(directory: Path, release: Release) -> Iterator[str]:
     """Where git's markers stand, by file and line."""
     for path in git.run("diff", "--name-only", "--diff-filter=U", "-z", cwd=directory).split("\0")[:-1]:
         lines = (directory / path).read_bytes().splitlines() if (directory / path).exists() else []
         marks = [str(number) for number, line in enumerate(lines, 1) if line.startswith(b"<<<<<<< ")]
         if marks:
             yield f"{path} line {', '.join(marks)}"
+        elif git.succeeds("cat-file", "-e", f"HEAD:{path}", cwd=directory):
+            yield f"{path} has no marks left: add it"
         else:
-            yield f"{path} is not there, or was changed on one side only"
+            yield f"{path}, which {release.version} does not have"
 
 
 def _copy_built(base: Path, directory: Path) -> None:

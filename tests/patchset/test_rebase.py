@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +96,73 @@ def test_to_the_next_release(
     assert [(patch.fix, patch.files) for patch in carried.patches] == [
         (patch.fix, patch.files) for patch in published.patches
     ]
+
+
+def test_everything_is_in_already(checkout: Path, wheels: Mapping[str, Path], project: Path) -> None:
+    """0.5.13 has all five, and nothing of ours is carried."""
+    before = digest(project / "patches")
+    result = from_copy(project, "rebase", checkout, wheels["0.5.13"])
+    fixes = (HASH, DSA, DSV4, ROUTED, SWA)
+    assert (result.code, outcomes(result.out)) == (0, dict.fromkeys(fixes, "dropped"))
+    for fix in fixes:
+        assert f"{fix}: upstream in 0.5.13, as fixes.toml says\n" in result.out
+    for name in ("HEAD", "patchset-0.5.13"):
+        assert git(checkout, "rev-parse", name) == git(checkout, "rev-parse", "release/0.5.13^{commit}")
+    assert from_copy(project, "refresh", checkout).code == 0
+    assert digest(project / "patches") == before
+
+
+def test_to_a_release_that_nobody_has_looked_at(
+    checkout: Path, wheels: Mapping[str, Path], project: Path
+) -> None:
+    """Upstream did it all in other words: the conflicts are named, and what nobody has said so far."""
+    table = project / "patches" / "fixes.toml"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(line for line in lines if not line.startswith('">=0.5.13,<')))
+    result = from_copy(project, "rebase", checkout, wheels["0.5.13"])
+    assert result.code == 1
+    found = outcomes(result.out)
+    assert set(found) == {HASH, DSA, DSV4, ROUTED, SWA}
+    for fix, outcome in found.items():
+        assert (f"fixes.toml: says nothing of {fix} in 0.5.13\n" in result.out) == (outcome != "dropped")
+    assert found[DSA] == "conflict"
+    (places,) = (line for line in result.out.splitlines() if line.startswith(f"{DSA}: "))
+    assert "; python/sglang/srt/speculative/eagle_worker.py, which 0.5.13 does not have" in places
+    named = re.findall(r"(python/\S+\.py) line ([\d, ]+\d)", places)
+    assert len(named) > 3
+    for path, numbers in named:
+        content = (checkout / path).read_text().splitlines()
+        marks = [str(number) for number, line in enumerate(content, 1) if line.startswith("<<<<<<< ")]
+        assert numbers.split(", ") == marks
+    # One file that is solved, and not added yet.
+    path = named[0][0]
+    git(checkout, "checkout", "--quiet", "--ours", path)
+    again = from_copy(project, "rebase", checkout, "0.5.13")
+    assert f"{path} has no marks left: add it; " in again.out
+
+
+def test_to_a_release_that_was_pinned_just_now(
+    checkout: Path, checkouts: Mapping[str, Path], wheels: Mapping[str, Path], project: Path
+) -> None:
+    """From `pin` to a series that is not empty any more."""
+    table = project / "patches" / "releases.toml"
+    text = table.read_text()
+    start = text.index(f'[releases."{NEW}"]\n')
+    end = text.index('[releases."0.5.13"]\n')
+    table.write_text(text[:start] + text[end:])
+    shutil.rmtree(project / "patches" / NEW)
+    assert "not a pinned release" in from_copy(project, "rebase", checkout, NEW).refusal()
+    shelf = wheels[NEW].parent
+    assert from_copy(project, "pin", NEW, "--find-links", shelf).code == 0
+    result = from_copy(project, "rebase", checkout, NEW, "--find-links", shelf)
+    assert (result.code, outcomes(result.out)[DSV4]) == (1, "conflict")
+    solve(checkout, checkouts[NEW])
+    git(checkout, "am", "--continue")
+    assert git(checkout, "rev-parse", "HEAD^{tree}") == git(checkouts[NEW], "rev-parse", "HEAD^{tree}")
+    result = from_copy(project, "refresh", checkout)
+    assert (result.code, result.out.count(" added")) == (0, 4)
+    series = (project / "patches" / NEW / "series").read_text().split()
+    assert [name[5:] for name in series] == [f"{fix}.patch" for fix in (DSA, DSV4, ROUTED, SWA)]
 
 
 def test_hooks_and_signatures_stay_out(checkout: Path, wheels: Mapping[str, Path], command: Command) -> None:
