@@ -101,7 +101,7 @@ def _look(version: Version, scratch: Path, find_links: Path | None) -> Release:
     if not names:
         # The same question as a download, for pip to say why.
         failed = releases.pip("download", f"--dest={scratch}", f"sglang=={version}", find_links=find_links)
-        raise PatchsetError(releases.why(version, failed))
+        raise PatchsetError(releases.why(version, failed, any_machine=True))
     files = [_download(version, name, scratch, find_links) for name in names]
     pythons = {python for name in names for python in re.findall(r"-cp(\d)(\d+)-", name)}
     wheel = files[0]

@@ -197,8 +197,13 @@ def for_tag(tag: Tag) -> list[str]:
     return options
 
 
-def why(version: Version, result: subprocess.CompletedProcess[str], others: str = "") -> str:
-    """What a failed download means to its user; `others` says which wheels there are."""
+def why(
+    version: Version, result: subprocess.CompletedProcess[str], others: str = "", *, any_machine: bool = False
+) -> str:
+    """What a failed download means to its user; `others` says which wheels there are.
+
+    With `any_machine`, a wheel of any would have done.
+    """
     requirement = f"sglang=={version}"
     stdout, stderr = result.stdout, result.stderr
     # An index that does not have SGLang says 404; another one may have it.
@@ -211,6 +216,8 @@ def why(version: Version, result: subprocess.CompletedProcess[str], others: str 
         )
     if "DO NOT MATCH THE HASHES" in stderr:
         return f"{requirement}: what pip found is not the published wheel: check pip's index and find-links"
+    if "No matching distribution found" in stderr and any_machine:
+        return f"{requirement}: pip finds no wheel of it: check the version, and pip's index"
     if "No matching distribution found" in stderr:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (

@@ -132,7 +132,7 @@ def test_a_package_index(project: Path, shelf: Path, monkeypatch: pytest.MonkeyP
         assert result.out.startswith("0.5.12.post1: pinned, 2 wheels for Python 3.11, 3.13\n")
         before = digest(project / "patches")
         refusal = from_copy(project, "pin", "0.5.99").refusal()
-        assert "sglang==0.5.99: pip finds no wheel" in refusal
+        assert "sglang==0.5.99: pip finds no wheel of it: check the version" in refusal
     finally:
         server.shutdown()
         server.server_close()
@@ -169,7 +169,7 @@ def test_what_cannot_be_pinned(project: Path, shelf: Path) -> None:
     before = digest(project / "patches")
     assert "main: not a version" in from_copy(project, "pin", "main").refusal()
     refusal = from_copy(project, "pin", "0.5.99", "--find-links", shelf).refusal()
-    assert "sglang==0.5.99: pip finds no wheel" in refusal
+    assert "sglang==0.5.99: pip finds no wheel of it: check the version" in refusal
     assert digest(project / "patches") == before
     (project / "tests" / "regression").rename(project / "elsewhere")
     assert "work in a clone" in from_copy(project, "pin", "0.5.12").refusal()
