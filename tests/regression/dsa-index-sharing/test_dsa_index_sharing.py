@@ -1194,7 +1194,7 @@ class TestEagleWorkerV2(DraftStepTests, ModelTestCase):
 
 
 class TestTwoBatchOverlapRefusal(ConfigOnDiskTestCase):
-    """Two-batch overlap drops the indices between layers."""
+    """Two-batch overlap drops the indices between layers, or between stages."""
 
     DEEPSEEK_V32 = {
         "architectures": ["DeepseekV32ForCausalLM"],
@@ -1202,7 +1202,7 @@ class TestTwoBatchOverlapRefusal(ConfigOnDiskTestCase):
         "num_hidden_layers": 8,
     }
 
-    def start(self, *configs, enable_two_batch_overlap=True, **kwargs):
+    def start(self, *configs, enable_two_batch_overlap=True, pp_size=1, **kwargs):
         path = self.write(TINY_MODEL, *configs, **kwargs)
         # Model-specific defaults are written to the environment.
         with (
@@ -1214,12 +1214,14 @@ class TestTwoBatchOverlapRefusal(ConfigOnDiskTestCase):
                 device="cpu",
                 moe_a2a_backend="deepep",
                 enable_two_batch_overlap=enable_two_batch_overlap,
+                pp_size=pp_size,
             )
             server_args.check_server_args()
 
     def assert_refused(self, *configs, **sharing):
         try:
-            self.start(*configs, **sharing)
+            # A pipeline that carries the indices has none for the next stage.
+            self.start(*configs, pp_size=2, **sharing)
         except ValueError as e:
             for setting in ("enable-two-batch-overlap", *sharing):
                 self.assertIn(setting, str(e))

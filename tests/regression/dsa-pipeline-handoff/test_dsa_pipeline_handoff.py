@@ -659,6 +659,10 @@ class StubRunner(ModelRunner):
             hisparse_coordinator=None,
             canary_manager=None,
             device_timer=None,
+            # Since 0.5.15.
+            graph_shared_output=SimpleNamespace(
+                get_logits_buffer=lambda vocab_size, rows: torch.zeros(rows, vocab_size)
+            ),
             tp_group=group,
         )
 
@@ -864,6 +868,13 @@ class TestSendInSlices(PipelineTestCase):
                 "topk_indices": torch.stack(rows).int(),
             }
             wire.send(rank, tensors)
+        num_sent = [tensor.numel() for tensor in wire.tensors[0]]
+        slices = tp_size if num_tokens % tp_size == 0 else 1
+        self.assertEqual(
+            num_sent[:2],
+            [num_tokens * 16 // tp_size] * 2,
+            "hidden states not in slices",
+        )
         for rank in range(tp_size):
             received = wire.receive(rank)
             torch.testing.assert_close(received["hidden_states"], hidden_states)
@@ -877,6 +888,7 @@ class TestSendInSlices(PipelineTestCase):
                     f"{num_tokens} tokens, {tp_size} ranks: the indices of token {token} "
                     "were put together from those of several ranks",
                 )
+        self.assertEqual(num_sent[2], num_tokens * INDEX_TOPK // slices)
 
     def test_rows_stay_together(self):
         for tp_size in (1, 2, 4):

@@ -419,10 +419,10 @@ class TestRoutedExpertsCapacity(CustomTestCase):
                 dp_size=dp_size,
                 attn_tp_size=4,
                 chunked_prefill_size=-1,
-                num_slots=61,
+                num_slots=57,
             )
-            self.check(c, Forward.prefill(c, 61))
-            self.check_size(c, 64)
+            self.check(c, Forward.prefill(c, 57))
+            self.check_size(c, 60)
 
     def test_context_parallel_padding(self):
         """Up to 0.5.12 to a multiple of the CP size, then of twice that in zigzag."""
