@@ -26,7 +26,7 @@ from sglang_patchset.trees import Trees
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache"
-ROUNDS = 60
+ROUNDS = 32
 # So many that what a round begins with, cold caches and a slow clock, is little of it.
 DECODES = 96
 
