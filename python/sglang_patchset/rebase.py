@@ -161,4 +161,7 @@ def _copy_built(base: Path, directory: Path) -> None:
     for path in git.run("ls-files", "--others", "--ignored", "--exclude-standard", "-z", cwd=base).split(
         "\0"
     )[:-1]:
+        # Replaced, not written into: the checkout may be a copy by hard links.
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).unlink(missing_ok=True)
         shutil.copy2(base / path, directory / path)

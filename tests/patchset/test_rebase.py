@@ -88,6 +88,8 @@ def test_to_the_next_release(
     # What a build makes, and git ignores, is the new release's too.
     version = Path("python", "sglang", "_version.py")
     assert (checkout / version).read_bytes() == (solution / version).read_bytes()
+    # The checkout that this one is linked to keeps its own.
+    assert (checkouts["0.5.12"] / version).read_bytes() != (solution / version).read_bytes()
     assert digest(project / "patches") == before
 
     assert from_copy(project, "refresh", checkout).code == 0
