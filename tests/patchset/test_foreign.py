@@ -155,6 +155,16 @@ def test_changes_close_to_a_fix_where_git_has_the_release(
     assert states(command, checkout)[HASH] == ("vulnerable", found)
     assert command("revert", checkout).code == 0
     assert git(checkout, "status", "--porcelain") == ""
+    # Its lines elsewhere are not its place for git either.
+    file = checkout / "python" / HASH_TOPK
+    text = file.read_text()
+    lines = text[text.index("        self.score_func = ") : text.index("        )  # theirs")]
+    file.write_text(
+        text.replace(lines, "").replace("    def forward(", f"    def mine(\n{lines}\n    def forward(")
+    )
+    assert states(command, checkout)[HASH][0] == "unknown"
+    assert "in the place of the hunk at line 37" in command("apply", checkout, HASH).refusal()
+    file.write_text(text)
     # The very next line is too close for git, too.
     change(
         checkout / "python" / HASH_TOPK, "requires_grad=False,\n        )  # theirs", "theirs=1\n        )"
