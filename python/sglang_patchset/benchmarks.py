@@ -71,7 +71,7 @@ def rounded(value: Any) -> Any:
 def write(root: Path, what: str, contents: Mapping[str, Any]) -> Path:
     """Write `results/bench-<what>-<date>.json` of the clone at `root`, with the date and the machine."""
     now = datetime.now(timezone.utc).replace(microsecond=0)
-    path = root / "results" / f"bench-{what}-{now:%Y-%m-%dT%H%MZ}.json"
+    path = root / "results" / f"bench-{what}-{now:%Y-%m-%dT%H%M%SZ}.json"
     path.parent.mkdir(exist_ok=True)
     head = {"date": now.isoformat(), "python": platform.python_version(), "cores": os.cpu_count()}
     path.write_text(json.dumps(head | rounded(contents), indent=1) + "\n", encoding="utf-8")

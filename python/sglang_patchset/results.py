@@ -68,7 +68,7 @@ def write(
     }
     number = f"{len(box.gpus)}x" if len(box.gpus) > 1 else ""
     name = re.sub(r"[^A-Za-z0-9]+", "-", box.gpu.removeprefix("NVIDIA "))
-    path = catalog.root.parent / "results" / f"gpu-{number}{name}-{now:%Y-%m-%dT%H%MZ}.json"
+    path = catalog.root.parent / "results" / f"gpu-{number}{name}-{now:%Y-%m-%dT%H%M%SZ}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return path

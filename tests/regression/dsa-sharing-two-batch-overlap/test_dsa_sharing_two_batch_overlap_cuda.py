@@ -68,7 +68,13 @@ def randomize(model):
     """Dummy weights are almost zero: nothing would depend on what is attended to."""
     torch.manual_seed(SEED)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
+        if name.endswith("gate.weight"):
+            # The bias chooses the same experts for every token: near ties would be
+            # broken by rounding, and another expert weighs as much as a selection.
+            parameter.data.fill_(0)
+        elif name.endswith("e_score_correction_bias"):
+            parameter.data.copy_(torch.linspace(1, 0, parameter.numel()))
+        elif parameter.dim() > 1:
             gain = HEAD_GAIN if name == "lm_head.weight" else 1.0
             parameter.data.normal_(std=gain * parameter.shape[-1] ** -0.5)
         else:
