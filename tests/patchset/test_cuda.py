@@ -38,7 +38,11 @@ def test_every_patch_is_seen_on_a_gpu(tables: Catalog) -> None:
     found = {(pair.fix.name, str(pair.release.version), pair.suite.gpus) for pair in cuda.pairs(tables)}
     assert found == {
         ("hash-topk-dummy-weights", "0.5.12", 1),
-        *(("dsa-index-sharing", release, 1) for release in ("0.5.12", "0.5.12.post1")),
+        *(
+            (fix, release, 1)
+            for fix in ("dsa-index-sharing", "dsa-sharing-two-batch-overlap")
+            for release in ("0.5.12", "0.5.12.post1")
+        ),
         *(
             ("dsv4-expert-distribution", release, gpus)
             for release in ("0.5.12", "0.5.12.post1")

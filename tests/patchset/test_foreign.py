@@ -64,9 +64,10 @@ def test_round_trip_among_other_changes(tree: Path, command: Command, tables: Ca
     assert {state for state, _ in states(command, tree).values()} == {"patched", "not affected"}
     assert "nothing to do" in command("apply", tree).out
     for fix in (patch.fix for patch in patches.load(tables, tables.default).patches):
-        assert command("revert", tree, fix).code == 0
+        needing = [each for each in tables.fixes if fix in tables.needed(each, tables.default.version)]
+        assert command("revert", tree, fix, *needing).code == 0
         assert states(command, tree)[fix][0] == "vulnerable"
-        assert command("apply", tree, fix).code == 0
+        assert command("apply", tree, fix, *needing).code == 0
         assert digest(tree) == patched
     assert command("revert", tree).code == 0
     assert digest(tree) == before
@@ -195,6 +196,12 @@ def test_changes_anywhere(
             found = survey.take(series, {**base, path: theirs}.get, blobs.get).files[path]
             for patch in touching:
                 if patch.fix in found.conflicts:
+                    continue
+                # Neither without what it needs, nor out of what needs it.
+                needing = {each.fix for each in touching if patch.fix in each.needs}
+                if needing & (found.applied | found.conflicts.keys()):
+                    continue
+                if patch.needs & {each.fix for each in touching} - found.applied:
                     continue
                 told += 1
                 single = survey.Survey(series, {path: found})

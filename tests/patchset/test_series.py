@@ -21,6 +21,7 @@ from sglang_patchset.survey import Presence
 from .conftest import Command, change, digest
 
 DSV4, HASH, DSA = "dsv4-expert-distribution", "hash-topk-dummy-weights", "dsa-index-sharing"
+TBO = "dsa-sharing-two-batch-overlap"  # needs DSA
 # No repository around the temporary directory may have a say.
 _ENVIRONMENT = {"PATH": os.environ["PATH"], "GIT_CEILING_DIRECTORIES": "/"}
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
@@ -144,7 +145,7 @@ def test_half_a_fix_is_named(tree: Path, unpacked: Mapping[str, Path], command: 
     assert f" has it, {deepseek_v4} lacks it" in refusal
     assert digest(tree) == before
     # The others are still exactly known.
-    assert command("revert", tree, HASH, DSA).code == 0
+    assert command("revert", tree, HASH, DSA, TBO).code == 0
 
 
 def test_a_missing_file_is_named(tree: Path, command: Command) -> None:

@@ -651,10 +651,11 @@ class TestTwoBatchOverlap(CustomTestCase):
             kwargs.update(residual=None, input_data_scatter_mode=None)
         else:
             forward = two_batch_overlap.model_forward_stages
-            residual_batch.start(batch)
         backend = TboAttnBackend(SparseAttention({}), [SparseAttention({})] * 2)
         with cpu_pipeline(), attention_backend(backend, batch):
             self.split(batch)
+            if residual_batch is not None:
+                residual_batch.start(batch)
             output = forward(
                 layers=nn.ModuleList([Qwen3MoeDecoderLayer() for _ in range(2)]),
                 enable_tbo=True,
