@@ -39,7 +39,7 @@ _COLOURS = {
 _WHEELS = {
     "published": "the published wheel, by its sha256",
     "patched": "the patched wheel that releases.toml lists, by its sha256",
-    "unlisted": "its sha256 is neither a published wheel's nor a patched one's",
+    "unlisted": "its sha256 is none that releases.toml lists: not a pinned release's, or packed again",
 }
 
 

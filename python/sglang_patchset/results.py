@@ -140,12 +140,12 @@ def sentences(catalog: Catalog) -> list[str]:
     fullest: dict[tuple[int, str, bool], tuple[int, str, int]] = {}
     for run, cells in _read(catalog):
         key = (run["gpus"], run["gpu"], run.get("cold", False))
-        fullest[key] = max(fullest.get(key, (0, "", 0)), (2 * len(cells), run["date"], run["seconds"]))
+        fullest[key] = max(fullest.get(key, (0, "", 0)), (len(cells), run["date"], run["seconds"]))
     found = []
-    for gpus, gpu, cold in sorted(key for key, (tests, _, _) in fullest.items() if tests):
-        tests, date, seconds = fullest[gpus, gpu, cold]
+    for gpus, gpu, cold in sorted(key for key, (rows, _, _) in fullest.items() if rows):
+        rows, date, seconds = fullest[gpus, gpu, cold]
         found.append(
-            f"**The tests that need GPUs**, {gpus} x {gpu}: {tests} cells take {seconds} s, "
+            f"**The tests that need GPUs**, {gpus} x {gpu}: both trees of {rows} rows take {seconds} s, "
             f"{'all kernels to compile' if cold else 'kernels compiled before'}. ({date[:10]})"
         )
     return found

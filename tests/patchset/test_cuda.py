@@ -169,9 +169,9 @@ def test_times_are_of_the_fullest_runs_cold_and_warm(clone: Catalog) -> None:
     for name, contents in runs.items():
         path.with_name(f"gpu-{name}.json").write_text(json.dumps(contents))
     one, two, cold = results.sentences(clone)
-    assert "1 x NVIDIA H200: 2 cells take 2 s, kernels compiled before." in one
-    assert "2 x NVIDIA H200: 4 cells take 2 s, kernels compiled before." in two
-    assert "2 x NVIDIA H200: 4 cells take 400 s, all kernels to compile. (2026-01-01)" in cold
+    assert "1 x NVIDIA H200: both trees of 1 rows take 2 s, kernels compiled before." in one
+    assert "2 x NVIDIA H200: both trees of 2 rows take 2 s, kernels compiled before." in two
+    assert "2 x NVIDIA H200: both trees of 2 rows take 400 s, all kernels to compile. (2026-01-01)" in cold
     assert "- " + cold in results.in_readme(clone, f"{results._FIGURES}{results._END}")
 
 
