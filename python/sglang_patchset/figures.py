@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,20 @@ def sentences(root: Path) -> list[str]:
     ]
 
 
-def speed(root: Path, fix: str) -> list[str]:
-    """What is known of SGLang's speed with a fix and the others of its series; as `sentences` otherwise."""
+def speed(root: Path, fix: str, releases: Set[str]) -> list[str]:
+    """What was measured of SGLang's speed with a fix, on the releases that have a patch of it."""
     writers = {OVERHEAD: _overhead, REUSE: _reuse}
     about = {what: writer for what, writer in writers.items() if _ABOUT.get(what, fix) == fix}
-    return [f"{sentence} ({str(result['date'])[:10]})" for sentence, result in _written(root, about)]
+    return [
+        f"{sentence} ({str(result['date'])[:10]})"
+        for sentence, result in _written(root, about)
+        if not releases.isdisjoint(_measured(result))
+    ]
+
+
+def _measured(result: Mapping[str, Any]) -> set[str]:
+    """The releases that a benchmark ran on."""
+    return {case["release"] for case in result["cases"]} if "cases" in result else {result["release"]}
 
 
 def _written(root: Path, writers: Mapping[str, _Writer]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sglang_patchset import figures, git, patches, results
-from sglang_patchset.catalog import Catalog, Fix, Release
+from sglang_patchset.catalog import Catalog, CellState, Fix, Release
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.patches import Patch, Series
 from sglang_patchset.results import Seen
@@ -77,7 +77,10 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
         commit = git.run("commit-tree", "-p", head, "-F", str(message), tree, cwd=directory, env=who).strip()
         stat = git.run("diff", "--no-color", "--no-ext-diff", "--stat", head, commit, cwd=directory)
     seen = [each for each in results.seen(catalog) if each.fix == name]
-    page = _page(fix, release, subject, body, stat, test, seen, figures.speed(clone, name))
+    patched = {
+        str(each) for each in catalog.releases if (cell := fix.cell(each)) and cell.state is CellState.PATCH
+    }
+    page = _page(fix, release, subject, body, stat, test, seen, figures.speed(clone, name, patched))
     text.write_text(page, encoding="utf-8")
     git.run("update-ref", f"refs/heads/{branch}", commit, "", cwd=directory)
     return Proposal(branch, commit, test, release)
@@ -94,7 +97,7 @@ def _apply(catalog: Catalog, fix: Fix, directory: Path, index: Mapping[str, str]
     ]
     # The patch of the very release comes first, where HEAD is one, with other fixes or without: by its files,
     # then by its tag.
-    tags = git.run("tag", "--points-at", "HEAD", cwd=directory).split()
+    tags = git.run("tag", "--merged", "HEAD", cwd=directory).split()
     candidates.sort(
         key=lambda each: (
             _files_of(each[0], each[1], listed),

@@ -136,10 +136,16 @@ def runs(catalog: Catalog) -> list[Mapping[str, Any]]:
 
 
 def sentences(catalog: Catalog) -> list[str]:
-    """How long the newest run of the most tests took on each kind of machine, cold and warm, in Markdown."""
+    """How long the newest run of the most tests took on each kind of machine, cold and warm, in Markdown.
+
+    Of a run whose patches are others by now, in part or all, nothing is said.
+    """
     fullest: dict[tuple[int, str, bool], tuple[int, str, int]] = {}
     for run, cells in _read(catalog):
-        key = (run["gpus"], run["gpu"], run.get("cold", False))
+        ran = [cell for cell in run["cells"] if cell["patched"]["outcome"] != Outcome.NOT_RUN.value]
+        if len(cells) < len(ran) or "cold" not in run:
+            continue
+        key = (run["gpus"], run["gpu"], run["cold"])
         fullest[key] = max(fullest.get(key, (0, "", 0)), (len(cells), run["date"], run["seconds"]))
     found = []
     for gpus, gpu, cold in sorted(key for key, (rows, _, _) in fullest.items() if rows):

@@ -53,10 +53,11 @@ def select(
             "or name the other fixes alone"
         )
     fixes = [each.fix.name for each in chosen if each.state is state]
+    release = report.survey.series.release
     if unpatched := [name for name in fixes if report.survey.series.patch(name) is None]:
         if names:
             raise PatchsetError(
-                f"{report.target}: no patch of {', '.join(unpatched)} for SGLang {report.target.version}: "
+                f"{report.target}: no patch of {', '.join(unpatched)} for SGLang {release.version}: "
                 "see `sglang-patchset list`"
             )
         fixes = [name for name in fixes if name not in unpatched]
@@ -78,7 +79,8 @@ def _check_needs(report: Report, found: Survey, fixes: Sequence[str]) -> None:
 
 def _check_needed(report: Report, found: Survey, fixes: Sequence[str]) -> None:
     """See that what needs these fixes comes out with them, or is not in."""
-    staying = found.traces().difference(fixes)
+    unknown = {name for name, each in report.fixes.items() if each.state is FixState.UNKNOWN}
+    staying = (found.traces() | unknown).difference(fixes)
     for patch in found.series.patches:
         if patch.fix in staying and not patch.needs.isdisjoint(fixes):
             leaving = ", ".join(sorted(patch.needs.intersection(fixes)))

@@ -740,6 +740,25 @@ class TestServerArgs(CustomTestCase):
         for kwargs in everywhere:
             self.start({}, "DeepseekV32ForCausalLM", **kwargs)
 
+    @unittest.skipIf(residual_batch is None, "there are none before 0.5.23")
+    def test_models_with_layers_of_their_own_are_refused(self):
+        from sglang.srt.arg_groups.model_hook import _validate_dsa_tbo_index_sharing
+
+        server_args = ServerArgs(
+            model_path="dummy", device="cpu", enable_two_batch_overlap=True
+        )
+        for architecture in (
+            "Glm5NextForConditionalGeneration",
+            "HYV4ForCausalLM",
+            "LongcatFlashForCausalLM",
+            "Dots3NoteForCausalLM",
+        ):
+            hf_config = SimpleNamespace(architectures=[architecture], **BY_FREQUENCY)
+            with self.assertRaisesRegex(
+                ValueError, "enable-two-batch-overlap is not supported", msg=architecture
+            ):
+                _validate_dsa_tbo_index_sharing(server_args, hf_config)
+
 
 if __name__ == "__main__":
     unittest.main()
