@@ -122,8 +122,9 @@ def load(catalog: Catalog, release: Release) -> Series:
     read = [_read(directory / name) for name in names]
     if len({patch.fix for patch in read}) < len(read):
         raise PatchsetError(f"{listed}: lists a fix twice: install sglang-patchset again")
-    needed = {patch.fix: catalog.needed(patch.fix, release.version) for patch in read}
-    return Series(release, tuple(replace(patch, needs=needed[patch.fix]) for patch in read))
+    return Series(
+        release, tuple(replace(patch, needs=catalog.needed(patch.fix, release.version)) for patch in read)
+    )
 
 
 def digest(patches: Iterable[Patch]) -> str:

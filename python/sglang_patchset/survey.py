@@ -188,8 +188,7 @@ def _among_others(series: Series, path: str, content: bytes, base: bytes | None 
         if set(sides) == {(0, 1)}:
             applied.add(patch.fix)
             for hunk in hunks if patch.needs else ():
-                (place,) = _places(found, hunk.after)
-                found = found[:place] + hunk.before + found[place + len(hunk.after) :]
+                found = _exchanged(found, hunk.after, hunk.before)
         elif set(sides) != {(1, 0)}:
             line, reason = _conflict([hunk.line for hunk in hunks], sides)
             conflicts[patch.fix] = f"{reason} the hunk at line {line} of {patch.path.name}"
@@ -238,8 +237,7 @@ def _sides_near(content: bytes, hunk: Hunk, base: bytes | None) -> tuple[int, in
         return 0, 0
     is_in = sides == (0, 1)
     old, new = (near.after, near.before) if is_in else (near.before, near.after)
-    (place,) = _places(content, old)
-    changed = content[:place] + new + content[place + len(old) :]
+    changed = _exchanged(content, old, new)
     if _sides(changed, near) != sides[::-1]:
         return 0, 0
     whole = (hunk.near(hunk.above, 1), hunk.near(1, hunk.below))
@@ -253,10 +251,9 @@ def _sides_near(content: bytes, hunk: Hunk, base: bytes | None) -> tuple[int, in
 
 def _merged(content: bytes, hunk: Hunk, base: bytes, is_in: bool) -> bytes | None:
     """What git's three-way merge makes of a file when the hunk is put in, or taken out where it is in."""
-    places = _places(base, hunk.before)
-    if len(places) != 1:
+    if len(_places(base, hunk.before)) != 1:
         return None
-    patched = base[: places[0]] + hunk.after + base[places[0] + len(hunk.before) :]
+    patched = _exchanged(base, hunk.before, hunk.after)
     old, new = (patched, base) if is_in else (base, patched)
     with _scratch({"ours": content, "base": old, "theirs": new}) as tree:
         return (
@@ -270,6 +267,12 @@ def _places(content: bytes, lines: bytes) -> list[int]:
     """Where whole lines stand in a file, those that overlap included."""
     ends = b"" if lines.endswith(b"\n") else rb"\Z"
     return [match.start() for match in re.finditer(rb"(?m)^(?=" + re.escape(lines) + ends + rb")", content)]
+
+
+def _exchanged(content: bytes, old: bytes, new: bytes) -> bytes:
+    """A file with other lines in the one place of these."""
+    (place,) = _places(content, old)
+    return content[:place] + new + content[place + len(old) :]
 
 
 def _take_off(series: Series, path: str, content: bytes) -> frozenset[str]:

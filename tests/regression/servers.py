@@ -47,6 +47,19 @@ class Server:
             "generate", input_ids=input_ids, sampling_params=sampling_params, **body
         ).json()
 
+    def behind_the_best(self, prompt: List[int], output: List[int]) -> List[float]:
+        """How far each output token's log-probability is from the best one's."""
+        result = self.generate(
+            [prompt + output],
+            1,
+            return_logprob=True,
+            top_logprobs_num=1,
+            logprob_start_len=len(prompt) - 1,
+        )[0]["meta_info"]
+        chosen = result["input_token_logprobs"][-len(output) :]
+        best = result["input_top_logprobs"][-len(output) :]
+        return [b[0][0] - c[0] for c, b in zip(chosen, best)]
+
 
 def _wait_until_healthy(process: subprocess.Popen, url: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT

@@ -365,27 +365,13 @@ class TestDSAIndexSharingCuda(CustomTestCase):
                     plain = server.generate([prompt], len(output))[0]
                     alone[len(prompt)] = plain["output_ids"]
                 if output != alone[len(prompt)]:
-                    behind += self._behind_the_best(server, prompt, output)
+                    behind += server.behind_the_best(prompt, output)
             print(f"measured: {draft} at most {max(behind):.3f} behind the best")
             self.assertLess(
                 max(behind),
                 TIE,
                 f"text differs from the one without speculation ({draft})",
             )
-
-    @staticmethod
-    def _behind_the_best(server, prompt: List[int], output: List[int]) -> List[float]:
-        """How far each token's log-probability is from the best one's."""
-        result = server.generate(
-            [prompt + output],
-            1,
-            return_logprob=True,
-            top_logprobs_num=1,
-            logprob_start_len=len(prompt) - 1,
-        )[0]["meta_info"]
-        chosen = result["input_token_logprobs"][-len(output) :]
-        best = result["input_top_logprobs"][-len(output) :]
-        return [b[0][0] - c[0] for c, b in zip(chosen, best)]
 
 
 if os.environ.get("INDEXER_CALLS") and __name__ in ("__main__", "__mp_main__"):
