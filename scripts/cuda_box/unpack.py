@@ -141,6 +141,9 @@ def unpack(manifest: dict[str, Any], clone: Path) -> None:
     with zipfile.ZipFile(BUNDLE / manifest["decompressor"]) as wheel:
         wheel.extractall(draft / "decompressor")
     roots = {"site": packages, "trees": draft / "trees"}
+    for part in manifest["parts"]:
+        # Here, because two processes that make the same directory can get into each other's way.
+        (roots[part["into"]] / part.get("file", "")).parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         running = [
             pool.submit(unpack_part, manifest, part, roots[part["into"]], draft / "decompressor")
@@ -175,10 +178,8 @@ def unpack_part(manifest: dict[str, Any], part: dict[str, Any], root: Path, deco
     slices = Slices([BUNDLE / name for name in manifest["slices"]], part["start"], part["size"])
     decompress = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     content = decompress.stream_reader(io.BufferedReader(slices, 1 << 20), read_size=1 << 20)
-    file = root / part.get("file", "")
-    file.parent.mkdir(parents=True, exist_ok=True)
     if part.get("file"):
-        with file.open("wb") as target:
+        with (root / part["file"]).open("wb") as target:
             shutil.copyfileobj(content, target, 1 << 20)
         return
     with tarfile.open(fileobj=content, mode="r|", bufsize=1 << 20) as archive:
