@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Writes the README's table of GPU results again, from `results/`."""
+"""Writes the README's table of GPU results and its figures again, from `results/`."""
 
+import argparse
 from pathlib import Path
 
 from sglang_patchset import catalog, results
 
-readme = Path(__file__).parents[1] / "README.md"
-readme.write_text(results.in_readme(catalog.load(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+README = Path(__file__).parents[1] / "README.md"
+
+argparse.ArgumentParser(description=__doc__).parse_args()
+README.write_text(results.in_readme(catalog.load(), README.read_text(encoding="utf-8")), encoding="utf-8")

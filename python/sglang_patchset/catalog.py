@@ -108,7 +108,7 @@ class Fix:
             (cell for versions, cell in self.cells.items() if version in SpecifierSet(versions)), None
         )
 
-    def later(self, pinned: Iterable[Version]) -> list[str]:
+    def ranges(self, pinned: Iterable[Version]) -> list[str]:
         """The version specifiers of the cells that hold more than a single one of the pinned releases."""
         single = [SpecifierSet(f"=={version}") for version in pinned]
         return [versions for versions in self.cells if SpecifierSet(versions) not in single]

@@ -180,9 +180,9 @@ def _list(tables: Catalog, _: argparse.Namespace) -> int:
     rows = []
     for fix in tables.fixes.values():
         pinned = [cell.state.value if (cell := fix.cell(version)) else "?" for version in tables.releases]
-        later = [f"{fix.cells[versions].state.value} {versions}" for versions in fix.later(tables.releases)]
-        rows.append((fix.name, f"#{fix.upstream_pr}", *pinned, ", ".join(later)))
-    _print_table(("fix", "upstream", *map(str, tables.releases), "later"), rows)
+        ranges = [f"{fix.cells[versions].state.value} {versions}" for versions in fix.ranges(tables.releases)]
+        rows.append((fix.name, f"#{fix.upstream_pr}", *pinned, ", ".join(ranges)))
+    _print_table(("fix", "upstream", *map(str, tables.releases), "ranges"), rows)
     for fix in tables.fixes.values():
         for versions, cell in fix.cells.items():
             if cell.note:

@@ -26,8 +26,6 @@ _GPU_GIB = 12
 ENVIRONMENT = {
     # Compiling every kernel before it is asked for takes minutes.
     "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
-    # Container images turn bytecode off; SGLang is imported some two hundred times here.
-    "PYTHONDONTWRITEBYTECODE": "",
     # Other tests fill one GPU more than the other.
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
 }

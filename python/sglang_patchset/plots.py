@@ -106,7 +106,7 @@ def lines(
         value = top * step / 4
         y = place(x_ticks[0], value)[1]
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 5, y + 3.5, number(value), "small end"))
+        parts.append(_text(_LEFT - 5, y + 3.5, f"{value:g}", "small end"))
     for tick in x_ticks:
         x = place(tick, 0)[0]
         parts.append(_text(x, height - _BOTTOM + 14, x_name(tick), "small mid"))

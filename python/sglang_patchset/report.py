@@ -31,12 +31,13 @@ _STYLE = """
   --rule: #333b43; --soft: #1d2329; --red: #ff8a80; --green: #6fd694; --link: #7db8f0;
   --c0: #64aef0; --c1: #f0955a; --c2: #4fc7a0; --c3: #c69be6; --band: #1d3a29; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem 1rem 3rem; max-width: 62rem; background: var(--ground);
+body { margin: 0 auto; padding: 1rem 1rem 3rem; max-width: 66rem; background: var(--ground);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 1rem 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-top: 1px solid var(--rule); padding-top: 1.25rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
-p, ul { margin: .5rem 0; max-width: 46rem; }
+p, ul, ol { margin: .5rem 0; max-width: 46rem; }
+ol { font-size: .875rem; color: var(--dim); }
 a { color: var(--link); }
 code { font: .9em ui-monospace, monospace; }
 small, .dim { color: var(--dim); font-size: .875rem; }
@@ -65,8 +66,8 @@ svg .s3 { stroke: var(--c3); }
 .key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .35rem; }
 .k0 { background: var(--c0); } .k1 { background: var(--c1); } .k2 { background: var(--c2); }
 .k3 { background: var(--c3); }
-.cards code { white-space: nowrap; }
-@media (min-width: 40.01rem) { .cards td:last-child { white-space: nowrap; } }
+.cards code, .whole { white-space: nowrap; }
+sup { line-height: 0; }
 @media (max-width: 40rem) {
   .cards thead { display: none; }
   .cards tr { display: block; border-bottom: 1px solid var(--rule); padding: .5rem 0; }
@@ -118,22 +119,27 @@ def _matrix(catalog: Catalog, seen: Iterable[Seen]) -> Iterator[str]:
     outcomes: dict[tuple[str, str], set[tuple[str, str]]] = {}
     for each in seen:
         outcomes.setdefault((each.fix, each.release), set()).add((each.published, each.patched))
-    rows = []
+    rows, notes = [], dict[tuple[str, str], int]()
     for fix in catalog.fixes.values():
         row = [f"<code>{fix.name}</code><br><small>{escape(fix.symptom)}</small>"]
         for version in catalog.releases:
             cell = fix.cell(version)
             if cell is None:
-                row.append("?")
+                text = "?"
             elif cell.state is not CellState.PATCH:
-                row.append(f'<span class="dim">{_STATES[cell.state]}</span>')
+                text = f'<span class="dim">{_STATES[cell.state]}</span>'
             elif found := outcomes.get((fix.name, str(version))):
-                row.append(", ".join(f"{_outcome(one)} → {_outcome(other)}" for one, other in sorted(found)))
+                text = ", ".join(f"{_outcome(one)} → {_outcome(other)}" for one, other in sorted(found))
             else:
-                row.append('patch <span class="dim">(not seen on a GPU)</span>')
+                text = 'patch <span class="dim">(not seen on a GPU)</span>'
+            if cell and cell.note:
+                text += f"&nbsp;<sup>{notes.setdefault((fix.name, cell.note), len(notes) + 1)}</sup>"
+            row.append(text)
         rows.append(row)
     yield "<h2>Fixes and releases</h2>"
     yield _table(["fix", *map(str, catalog.releases)], rows, cards=True)
+    items = "".join(f"<li><code>{fix}</code>: {escape(note)}</li>" for fix, note in notes)
+    yield f"<ol>{items}</ol>" if notes else ""
 
 
 def _outcome(words: str) -> str:
@@ -151,7 +157,7 @@ def _seen(catalog: Catalog, seen: Sequence[Seen]) -> Iterator[str]:
             each.release,
             f"{_outcome(each.published)} {escape(each.words)}",
             f"{_outcome(each.patched)} {each.passed} test{'s' * (each.passed != 1)}",
-            f"{escape(each.on)}, {each.date[:10]}",
+            f'<span class="whole">{escape(each.on)},</span> <span class="whole">{each.date[:10]}</span>',
         ]
         for each in seen
     ]
@@ -397,7 +403,7 @@ def _table(
     body = "".join(
         f"<tr>{''.join(cell('td', place, text) for place, text in enumerate(row))}</tr>" for row in rows
     )
-    table = (
-        f"<table{' class=cards' if cards else ''}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    kind = " class=cards" if cards else ""
+    return (
+        f'<div class="scroll"><table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     )
-    return table if cards else f'<div class="scroll">{table}</div>'

@@ -191,7 +191,9 @@ def _cells(run: dict[str, Any], digests: Mapping[str, str]) -> Iterator[Seen]:
 
 
 def _words(outcome: dict[str, Any]) -> str:
-    return "; ".join(dict.fromkeys(outcome["signatures"].values())) or str(outcome["detail"])
+    """What a reader wants of it: of a long fraction, three digits."""
+    words = "; ".join(dict.fromkeys(outcome["signatures"].values())) or str(outcome["detail"])
+    return re.sub(r"\d+\.\d{4,}", lambda fraction: f"{float(fraction[0]):.3g}", words)
 
 
 def table(catalog: Catalog) -> str:

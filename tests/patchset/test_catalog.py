@@ -67,10 +67,10 @@ def _affected(tables: Catalog, name: str) -> list[Version]:
 
 def test_only_pinned_releases_are_patched(tables: Catalog) -> None:
     for fix in tables.fixes.values():
-        later = fix.later(tables.releases)
+        ranges = fix.ranges(tables.releases)
         # Without a release that has it, nothing is said of those that are not pinned.
-        assert later or _affected(tables, fix.name)[-1] == max(tables.releases)
-        assert all(fix.cells[versions].state is not CellState.PATCH for versions in later)
+        assert ranges or _affected(tables, fix.name)[-1] == max(tables.releases)
+        assert all(fix.cells[versions].state is not CellState.PATCH for versions in ranges)
 
 
 def test_nobody_has_looked_at_unreleased_versions(tables: Catalog) -> None:
@@ -113,7 +113,7 @@ def test_list_is_the_matrix(tables: Catalog, command: Command) -> None:
     result = command("list")
     assert result.code == 0
     header, *rows = [line.split() for line in result.out.splitlines()]
-    assert header[2:] == [*RELEASES, "later"]
+    assert header[2:] == [*RELEASES, "ranges"]
     for row, fix in zip(rows, tables.fixes.values(), strict=False):
         cells = [fix.cell(version) for version in tables.releases]
         states = [cell.state.value for cell in cells if cell]
@@ -155,5 +155,6 @@ def test_patched_ids_chain(series: Series) -> None:
 
 def test_upper_bound_is_the_same_for_every_fix(tables: Catalog) -> None:
     """A release that is newer than the last one looked at is unknown for all fixes alike."""
-    ends = {SpecifierSet(later[-1]) for fix in tables.fixes.values() if (later := fix.later(tables.releases))}
+    last = [ranges[-1] for fix in tables.fixes.values() if (ranges := fix.ranges(tables.releases))]
+    ends = set(map(SpecifierSet, last))
     assert len({str(spec) for end in ends for spec in end if spec.operator == "<="}) == 1

@@ -175,6 +175,7 @@ def test_page_without_benchmarks(clone: Catalog) -> None:
         assert each.words in words
     for fix in clone.fixes.values():
         assert fix.symptom in words
+        assert all(cell.note in words for cell in map(fix.cell, clone.releases) if cell)
 
 
 def test_page_of_patches_that_nobody_saw(clone: Catalog) -> None:
