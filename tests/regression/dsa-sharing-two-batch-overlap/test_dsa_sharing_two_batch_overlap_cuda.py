@@ -201,6 +201,17 @@ class TestDSASharingTwoBatchOverlapCuda(CustomTestCase):
             f"({graphs=})",
         )
 
+    def test_eager_without_sharing(self):
+        """Layers that all run their indexer: the pipeline itself only rounds."""
+        with contextlib.ExitStack() as stack:
+            for layer in self.runner.torch_runner.model.model.layers:
+                stack.enter_context(
+                    patch.multiple(
+                        layer.self_attn, skip_topk=False, next_skip_topk=False
+                    )
+                )
+            self._assert_as_in_one_batch(graphs=False)
+
     def test_eager(self):
         self._assert_as_in_one_batch(graphs=False)
 
