@@ -755,7 +755,9 @@ class TestServerArgs(CustomTestCase):
         ):
             hf_config = SimpleNamespace(architectures=[architecture], **BY_FREQUENCY)
             with self.assertRaisesRegex(
-                ValueError, "enable-two-batch-overlap is not supported", msg=architecture
+                ValueError,
+                "enable-two-batch-overlap is not supported",
+                msg=architecture,
             ):
                 _validate_dsa_tbo_index_sharing(server_args, hf_config)
 

@@ -145,7 +145,13 @@ class AttentionLayer(nn.Module):
         attention.w_vc = torch.zeros(NUM_HEADS, KV_LORA_RANK, V_HEAD_DIM)
 
     def forward(
-        self, positions, hidden_states, forward_batch, residual, zero_allocator, **kwargs
+        self,
+        positions,
+        hidden_states,
+        forward_batch,
+        residual,
+        zero_allocator,
+        **kwargs,
     ):
         get_attn_tp_context().set_attn_inputs(
             AttentionInputs(
@@ -259,7 +265,9 @@ class Draft:
         worker.device = "cpu"
         worker.server_args = self.runner.server_args
         worker.draft_runner = self.runner
-        worker.draft_attn_backend = SimpleNamespace(attn_backends=[self.backend] * steps)
+        worker.draft_attn_backend = SimpleNamespace(
+            attn_backends=[self.backend] * steps
+        )
         worker._topk1_parents_prealloc = torch.arange(-1, steps - 1).repeat(8, 1)
         worker._topk1_score_indices_prealloc = torch.arange(steps).repeat(8, 1)
         if hasattr(worker, "_init_dsa_index_share_state"):  # since 0.5.15

@@ -296,7 +296,9 @@ class TestDecodeCudaGraphPadding(SWAGraphPaddingTestCase):
             full_rows, swa_rows = graph.replay(locs, bs=4)
             kv = torch.full((4, 1, 4), float(value))
             for layer in (SWA_LAYER, FULL_LAYER):
-                write(self.pool, SimpleNamespace(layer_id=layer), full_rows, swa_rows, kv)
+                write(
+                    self.pool, SimpleNamespace(layer_id=layer), full_rows, swa_rows, kv
+                )
 
         run([11, 12, 13, 14], 1)
         run([21, 22, 23], 2)
