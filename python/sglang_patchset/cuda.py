@@ -17,13 +17,13 @@ from pathlib import Path
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release, Suite
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.trees import Trees
-from sglang_patchset.verify import Cell, Outcome, Runner, Tree, Verdict
+from sglang_patchset.verify import IMPORTING, Cell, Outcome, Runner, Tree, Verdict
 
 # What a test with its servers wants to itself: less makes it slow, or fail for want of memory.
 _CORES = 2
 _GPU_GIB = 12
 
-ENVIRONMENT = {
+ENVIRONMENT = IMPORTING | {
     # Compiling every kernel before it is asked for takes minutes.
     "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
     # Other tests fill one GPU more than the other.

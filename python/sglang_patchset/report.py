@@ -37,7 +37,6 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 1rem 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-top: 1px solid var(--rule); padding-top: 1.25rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
 p, ul, ol { margin: .5rem 0; max-width: 46rem; }
-ol { font-size: .875rem; color: var(--dim); }
 a { color: var(--link); }
 code { font: .9em ui-monospace, monospace; }
 small, .dim { color: var(--dim); font-size: .875rem; }
@@ -139,7 +138,8 @@ def _matrix(catalog: Catalog, seen: Iterable[Seen]) -> Iterator[str]:
     yield "<h2>Fixes and releases</h2>"
     yield _table(["fix", *map(str, catalog.releases)], rows, cards=True)
     items = "".join(f"<li><code>{fix}</code>: {escape(note)}</li>" for fix, note in notes)
-    yield f"<ol>{items}</ol>" if notes else ""
+    if items:
+        yield f'<ol class="dim">{items}</ol>'
 
 
 def _outcome(words: str) -> str:

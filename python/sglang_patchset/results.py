@@ -15,6 +15,7 @@ from sglang_patchset import figures, patches
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.cuda import Machine, Pair
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.plots import number
 from sglang_patchset.verify import Outcome, Tree, Verdict
 
 _BEGIN = "<!-- from results/, by scripts/results_table.py -->\n"
@@ -66,9 +67,9 @@ def write(
             for pair in pairs
         ],
     }
-    number = f"{len(box.gpus)}x" if len(box.gpus) > 1 else ""
+    count = f"{len(box.gpus)}x" if len(box.gpus) > 1 else ""
     name = re.sub(r"[^A-Za-z0-9]+", "-", box.gpu.removeprefix("NVIDIA "))
-    path = catalog.root.parent / "results" / f"gpu-{number}{name}-{now:%Y-%m-%dT%H%M%SZ}.json"
+    path = catalog.root.parent / "results" / f"gpu-{count}{name}-{now:%Y-%m-%dT%H%M%SZ}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return path
@@ -193,7 +194,7 @@ def _cells(run: dict[str, Any], digests: Mapping[str, str]) -> Iterator[Seen]:
 def _words(outcome: dict[str, Any]) -> str:
     """What a reader wants of it: of a long fraction, three digits."""
     words = "; ".join(dict.fromkeys(outcome["signatures"].values())) or str(outcome["detail"])
-    return re.sub(r"\d+\.\d{4,}", lambda fraction: f"{float(fraction[0]):.3g}", words)
+    return re.sub(r"\d+\.\d{4,}", lambda fraction: number(float(fraction[0])), words)
 
 
 def table(catalog: Catalog) -> str:

@@ -33,6 +33,9 @@ from sglang_patchset.trees import Trees
 # What a tree's tests may take, in seconds; a hang is a failure too.
 _TIMEOUT = 1800
 
+# Of every process that imports SGLang: it asks no hub, and keeps its bytecode, which container images turn
+# off. To compile that takes longer than most of the tests.
+IMPORTING = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 # How a line begins in which a test says what it measured.
@@ -332,8 +335,7 @@ class Runner:
             process = subprocess.Popen(
                 command,
                 cwd=self._root,
-                # Container images turn bytecode off; compiling takes longer than most of the tests.
-                env={**environment, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""},
+                env={**environment, **IMPORTING},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

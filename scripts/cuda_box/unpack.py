@@ -142,8 +142,9 @@ def unpack(manifest: dict[str, Any], clone: Path) -> None:
         wheel.extractall(draft / "decompressor")
     roots = {"site": packages, "trees": draft / "trees"}
     for part in manifest["parts"]:
-        # Here, because two processes that make the same directory can get into each other's way.
-        (roots[part["into"]] / part.get("file", "")).parent.mkdir(parents=True, exist_ok=True)
+        if "file" in part:
+            # Here, because two processes that make the same directory can get into each other's way.
+            (roots[part["into"]] / part["file"]).parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         running = [
             pool.submit(unpack_part, manifest, part, roots[part["into"]], draft / "decompressor")
@@ -178,7 +179,7 @@ def unpack_part(manifest: dict[str, Any], part: dict[str, Any], root: Path, deco
     slices = Slices([BUNDLE / name for name in manifest["slices"]], part["start"], part["size"])
     decompress = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     content = decompress.stream_reader(io.BufferedReader(slices, 1 << 20), read_size=1 << 20)
-    if part.get("file"):
+    if "file" in part:
         with (root / part["file"]).open("wb") as target:
             shutil.copyfileobj(content, target, 1 << 20)
         return

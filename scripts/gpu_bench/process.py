@@ -32,14 +32,7 @@ class Worker:
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).parent / script)],
-                env={
-                    **os.environ,
-                    **environment,
-                    "PYTHONPATH": str(tree),
-                    "HF_HUB_OFFLINE": "1",
-                    # Container images turn bytecode off; these files are compiled once.
-                    "PYTHONDONTWRITEBYTECODE": "",
-                },
+                env={**os.environ, **environment, "PYTHONPATH": str(tree)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
