@@ -8,6 +8,7 @@ a prefill has as many rows as its requests have tokens
 """
 
 import contextlib
+import dataclasses
 import json
 import tempfile
 import unittest
@@ -28,6 +29,7 @@ from sglang.srt.layers import dp_attention  # noqa: E402
 from sglang.srt.layers.utils import cp_utils  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
+from sglang.srt.speculative.eagle_info import EagleVerifyInput  # noqa: E402
 
 try:
     from sglang.srt.state_capturer import routed_experts  # noqa: E402
@@ -184,7 +186,8 @@ class Forward:
         mode = ForwardMode.DECODE if n is None else ForwardMode.TARGET_VERIFY
         n = n or 1
         rows = [bs * n for bs in requests]
-        graph_batch = ceil_align(max(requests), c.attn_tp_size)
+        halves = 2 if c.server_args.get("enable_two_batch_overlap") else 1
+        graph_batch = ceil_align(max(requests), halves * c.attn_tp_size)
         yield cls(rows, [graph_batch * n] * c.dp_size, graph_batch, n, mode)
         aligned = [ceil_align(r, c.attn_tp_size) for r in rows]
         yield cls(rows, [max(aligned)] * c.dp_size, None, n, mode)
@@ -209,6 +212,19 @@ class Forward:
         ]:
             aligned = [ceil_align(r, c.attn_tp_size) for r in each]
             yield cls(each, aligned, mode=ForwardMode.EXTEND)
+
+
+def verify_input(draft_tokens: int) -> EagleVerifyInput:
+    """Of a tree: it has more draft tokens than steps."""
+    num_steps = max((draft_tokens - 1) // 2, 1)
+    args = dict(spec_steps=num_steps, topk=4, draft_token_num=draft_tokens)
+    for f in dataclasses.fields(EagleVerifyInput):
+        if f.default is dataclasses.MISSING:
+            args.setdefault(f.name, None)
+    spec_info = EagleVerifyInput(**args)
+    if not IN_CONTEXT:  # up to 0.5.15 as the draft worker sets it
+        spec_info.num_tokens_per_req = num_steps + 1
+    return spec_info
 
 
 def expert_ids(layer: int, rank: int, rows: int):
@@ -269,7 +285,7 @@ class TestRoutedExpertsCapacity(CustomTestCase):
             dp_local_start_pos=None,
             dp_local_num_tokens=None,
             spec_info=(
-                SimpleNamespace(num_tokens_per_req=forward.rows_per_request)
+                verify_input(forward.rows_per_request)
                 if forward.mode.is_target_verify()
                 else None
             ),
@@ -423,6 +439,19 @@ class TestRoutedExpertsCapacity(CustomTestCase):
             )
             self.check(c, Forward.prefill(c, 57))
             self.check_size(c, 60)
+
+    def test_two_batch_overlap_padding(self):
+        """A graph's batch is cut in two halves of such multiples."""
+        for dp_size in (1, 2):
+            c = Configuration(
+                dp_size=dp_size,
+                attn_tp_size=4,
+                max_running_requests=9,
+                draft_tokens=3,
+                server_args=dict(enable_two_batch_overlap=True),
+            )
+            self.check(c, Forward.of_requests(c, 3))
+            self.check_size(c, 16 * 3)
 
     def test_context_parallel_padding(self):
         """Up to 0.5.12 to a multiple of the CP size, then of twice that in zigzag."""
