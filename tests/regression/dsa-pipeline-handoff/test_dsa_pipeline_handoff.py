@@ -386,69 +386,38 @@ def one_rank():
         yield
 
 
-class Wire:
-    """Between a stage of ``tp_size`` ranks and the next one, in one process."""
-
-    def __init__(self, tp_size=1):
-        self.tp_size = tp_size
-        self.objects = [collections.deque() for _ in range(tp_size)]
-        self.tensors = [collections.deque() for _ in range(tp_size)]
-        self.group = object.__new__(parallel_state.GroupCoordinator)
-        vars(self.group).update(
-            world_size=2, rank_in_group=0, ranks=[0, 1], device_group=0, cpu_group=0
-        )
-
-    def send(self, rank, tensors):
-        def send_object(group, obj, *args, **kwargs):
-            self.objects[rank].append(obj)
-            return []
-
-        def send_tensor(tensor, *args, **kwargs):
-            self.tensors[rank].append(tensor.clone())
-
-        with (
-            patch.object(parallel_state.GroupCoordinator, "send_object", send_object),
-            patch("torch.distributed.isend", send_tensor),
-        ):
-            self.group.send_tensor_dict(
-                {**tensors, "__msg_type__": "proxy"},
-                all_gather_group=SimpleNamespace(
-                    world_size=self.tp_size, rank_in_group=rank
-                ),
-                async_send=True,
-            )
-
-    def receive(self, rank):
-        sent = collections.deque(zip(*self.tensors))
-
-        def receive_object(group, *args, **kwargs):
-            return self.objects[rank].popleft()
-
-        def receive_tensor(tensor, *args, **kwargs):
-            tensor.copy_(sent[0][rank])
-            self.of_all_ranks = sent.popleft()
-            return MagicMock()
-
-        with (
-            patch.object(
-                parallel_state.GroupCoordinator, "recv_object", receive_object
-            ),
-            patch("torch.distributed.irecv", receive_tensor),
-            patch("torch.distributed.is_initialized", lambda: True),
-        ):
-            return self.group.recv_tensor_dict(
-                all_gather_group=SimpleNamespace(
-                    world_size=self.tp_size,
-                    rank_in_group=rank,
-                    all_gather=lambda tensor, dim: torch.cat(self.of_all_ranks),
-                ),
-            )
-
-
 def over_the_wire(proxy_tensors):
-    wire = Wire()
-    wire.send(0, proxy_tensors.tensors)
-    return PPProxyTensors(wire.receive(0))
+    group = object.__new__(parallel_state.GroupCoordinator)
+    vars(group).update(
+        world_size=2, rank_in_group=0, ranks=[0, 1], device_group=0, cpu_group=0
+    )
+    objects, tensors = collections.deque(), collections.deque()
+
+    def send_object(group, obj, *args, **kwargs):
+        objects.append(obj)
+        return []
+
+    def send_tensor(tensor, *args, **kwargs):
+        tensors.append(tensor.clone())
+
+    def receive_object(group, *args, **kwargs):
+        return objects.popleft()
+
+    def receive_tensor(tensor, *args, **kwargs):
+        tensor.copy_(tensors.popleft())
+        return MagicMock()
+
+    with (
+        patch.object(parallel_state.GroupCoordinator, "send_object", send_object),
+        patch.object(parallel_state.GroupCoordinator, "recv_object", receive_object),
+        patch("torch.distributed.isend", send_tensor),
+        patch("torch.distributed.irecv", receive_tensor),
+        patch("torch.distributed.is_initialized", lambda: True),
+    ):
+        group.send_tensor_dict(
+            {**proxy_tensors.tensors, "__msg_type__": "proxy"}, async_send=True
+        )
+        return PPProxyTensors(group.recv_tensor_dict())
 
 
 Run = collections.namedtuple("Run", "output topk_indices sent")
@@ -844,56 +813,6 @@ class TestDecodeGraphs(PipelineTestCase):
                     f"layer {partition[0]}, the first of its stage, began a dummy run "
                     f"with the indices {indices}, not with those of the buffers",
                 )
-
-
-class TestSendInSlices(PipelineTestCase):
-    """Each rank of a stage sends a slice, and the ranks of the next one gather them.
-
-    The top-k kernels write a row's indices in no particular order, in another on each
-    rank: half a row of one rank and half a row of another lack some and double others.
-    """
-
-    def check(self, num_tokens, tp_size):
-        generator = torch.Generator().manual_seed(num_tokens)
-        hidden_states = torch.randn(num_tokens, 16, generator=generator)
-        wire = Wire(tp_size)
-        for rank in range(tp_size):
-            rows = [
-                100 * token + torch.randperm(INDEX_TOPK, generator=generator)
-                for token in range(num_tokens)
-            ]
-            tensors = {
-                "hidden_states": hidden_states,
-                "residual": -hidden_states,
-                "topk_indices": torch.stack(rows).int(),
-            }
-            wire.send(rank, tensors)
-        num_sent = [tensor.numel() for tensor in wire.tensors[0]]
-        slices = tp_size if num_tokens % tp_size == 0 else 1
-        self.assertEqual(
-            num_sent[:2],
-            [num_tokens * 16 // tp_size] * 2,
-            "hidden states not in slices",
-        )
-        for rank in range(tp_size):
-            received = wire.receive(rank)
-            torch.testing.assert_close(received["hidden_states"], hidden_states)
-            torch.testing.assert_close(received["residual"], -hidden_states)
-            topk_indices = received["topk_indices"]
-            self.assertEqual(topk_indices.dtype, torch.int32)
-            for token, row in enumerate(topk_indices.tolist()):
-                self.assertEqual(
-                    sorted(row),
-                    [100 * token + i for i in range(INDEX_TOPK)],
-                    f"{num_tokens} tokens, {tp_size} ranks: the indices of token {token} "
-                    "were put together from those of several ranks",
-                )
-        self.assertEqual(num_sent[2], num_tokens * INDEX_TOPK // slices)
-
-    def test_rows_stay_together(self):
-        for tp_size in (1, 2, 4):
-            for num_tokens in (1, 2, 3, 4, 8, 12):
-                self.check(num_tokens, tp_size)
 
 
 if __name__ == "__main__":
