@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """What the fixes cost where they are not meant to change the work: published against patched, in turns.
 
+A second process of the published tree takes its turns too: two processes of the same code differ as well.
+
     export PATH=$PWD/.venv-gpu/bin:$PATH; PYTHONPATH=python python scripts/bench_overhead.py
 
-takes one CUDA GPU with 40 GB free and the environment of scripts/gpu_test.sh, and writes
+takes one CUDA GPU with 60 GB free and the environment of scripts/gpu_test.sh, and writes
 results/bench-overhead-<date>.json: six minutes on an H200 once the kernels are compiled.
 """
 
@@ -26,7 +28,7 @@ from sglang_patchset.trees import Trees
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache"
-ROUNDS = 32
+ROUNDS = 40
 # So many that what a round begins with, cold caches and a slow clock, is little of it.
 DECODES = 96
 
@@ -48,6 +50,9 @@ class Case:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     same_work: bool = True
 
+
+# The side that shows how far apart two processes of the same tree are.
+AGAIN = "published again"
 
 # A batch that was not captured is padded up to the next that was.
 CASES = (
@@ -113,10 +118,12 @@ def measure(contents: dict[str, Any]) -> None:
         pairs = []
         for case in CASES:
             release = tables.releases[Version(case.release)]
-            trees = {"published": shelf.partly(release, case.behind), "patched": shelf.patched(release)}
+            published = shelf.partly(release, case.behind)
+            trees = {"published": published, "patched": shelf.patched(release), AGAIN: published}
             workers = {}
             for side, tree in trees.items():
-                log = CACHE / "bench-logs" / f"overhead-{case.model}-{case.same_work}-{side}.log"
+                name = f"overhead-{case.model}-{case.same_work}-{side.replace(' ', '-')}.log"
+                log = CACHE / "bench-logs" / name
                 environment = cuda.ENVIRONMENT | {
                     "CUDA_VISIBLE_DEVICES": box.gpus[0],
                     "SGLANG_DSV4_FP4_EXPERTS": "0",
@@ -148,6 +155,9 @@ def measure(contents: dict[str, Any]) -> None:
             try:
                 for batch, prompt in case.batches.items():
                     found["batches"].append(alternate(case, workers, batch, prompt))
+                # Last: a process that was profiled is slower from then on.
+                for timed in found["batches"]:
+                    timed["replay"] = replay(case, workers, timed["batch"], timed["prompt"])
             except WorkerError as error:
                 failed(case, workers, error)
         if "failed" in contents:
@@ -155,20 +165,16 @@ def measure(contents: dict[str, Any]) -> None:
 
 
 def alternate(case: Case, workers: Mapping[str, Worker], batch: int, prompt: int) -> dict[str, Any]:
-    """One batch size: rounds of both in turn, then what a decode step runs and launches."""
+    """One batch size: rounds of all in turn."""
     arguments = {"batch": batch, "prompt": prompt, "decodes": DECODES}
     for worker in workers.values():
         for _ in range(2):
             worker.ask("steps", **arguments)
     samples: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
     for number in range(ROUNDS):
-        for side in list(workers)[:: 1 if number % 2 else -1]:
+        first = number % len(workers)
+        for side in [*workers, *workers][first : first + len(workers)]:
             samples[side].append(workers[side].ask("steps", **arguments))
-    # The profiler's first step has its own start in it; the last one counts.
-    profiles = {
-        side: worker.ask("steps", batch=batch, prompt=prompt, decodes=3, profiled=True)
-        for side, worker in workers.items()
-    }
     captured = next(size for size in sorted(case.server_args["cuda_graph_bs"]) if size >= batch)
     found: dict[str, Any] = {"batch": batch, "prompt": prompt, "captured": captured}
     for step in ("prefill", "decode"):
@@ -178,24 +184,36 @@ def alternate(case: Case, workers: Mapping[str, Worker], batch: int, prompt: int
             found[step][kind] = {
                 **{side: statistics.median(times) for side, times in sides.items()},
                 **benchmarks.ratio(sides["patched"], sides["published"]),
+                "noise": benchmarks.ratio(sides[AGAIN], sides["published"]),
             }
-    found["replay"] = {}
+    for step in ("prefill", "decode"):
+        for kind, each in found[step].items():
+            print(
+                f"{case.name}, {batch} in {captured}: {step} {kind} {each['patched'] * 1000:.3f} ms, "
+                f"{each['ratio']:.4f} ({each['low']:.4f} to {each['high']:.4f}), "
+                f"the same tree {each['noise']['ratio']:.4f}",
+                flush=True,
+            )
+    return found
+
+
+def replay(case: Case, workers: Mapping[str, Worker], batch: int, prompt: int) -> dict[str, Any]:
+    """What a decode step runs and launches."""
+    # The profiler's first step has its own start in it; the last one counts.
+    profiles = {
+        side: workers[side].ask("steps", batch=batch, prompt=prompt, decodes=3, profiled=True)
+        for side in ("published", "patched")
+    }
+    found = {}
     for kind in ("ran", "launched"):
         published, patched = (collections.Counter(profiles[side][kind]) for side in ("published", "patched"))
-        found["replay"][kind] = {
+        found[kind] = {
             "published": published.total(),
             "patched": patched.total(),
             "more": dict(patched - published),
             "fewer": dict(published - patched),
         }
-    for step in ("prefill", "decode"):
-        for kind, each in found[step].items():
-            print(
-                f"{case.name}, {batch} in {captured}: {step} {kind} {each['patched'] * 1000:.3f} ms, "
-                f"{each['ratio']:.4f} ({each['low']:.4f} to {each['high']:.4f})",
-                flush=True,
-            )
-    print(f"{case.name}, {batch} in {captured}: {found['replay']}", flush=True)
+    print(f"{case.name}, batch {batch}: {found}", flush=True)
     return found
 
 
@@ -204,7 +222,7 @@ def buffer(sizes: Mapping[str, int], workers: Mapping[str, Worker]) -> dict[str,
     rows = sizes["dp"] * max(sizes["chunk"], sizes["running"])
     found = {
         **sizes,
-        **{side: worker.ask("routed_experts", **sizes) for side, worker in workers.items()},
+        **{side: workers[side].ask("routed_experts", **sizes) for side in ("published", "patched")},
         "needed": rows * sizes["layers"] * sizes["topk"] * 4,
     }
     print(f"routed experts' buffer: {found}", flush=True)

@@ -43,14 +43,15 @@ def run(*commands: Sequence[str], cwd: Path, env: Mapping[str, str] | None = Non
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """The ratio of medians of rounds that alternated, with its spread.
+    """The median of the ratios of rounds that alternated, with its spread.
 
-    Half of the rounds, each of ours over its neighbour of theirs, lie from `low` to `high`.
+    Each is of ours over its neighbour of theirs: a machine that changes its pace half way slows both. Half
+    of the rounds lie from `low` to `high`.
     """
     rounds = [one / other for one, other in zip(ours, theirs, strict=True)]
-    low, _, high = statistics.quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
+    low, middle, high = statistics.quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
     return {
-        "ratio": statistics.median(ours) / statistics.median(theirs),
+        "ratio": middle,
         "low": low,
         "high": high,
         "rounds": len(rounds),

@@ -173,11 +173,16 @@ def _seen(catalog: Catalog, seen: Sequence[Seen]) -> Iterator[str]:
 def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
     yield "<h2>Nothing on the hot path</h2>"
     yield (
-        "<p>Time of a step on the patched tree over the published one's, two processes in turns: medians, "
-        "and where half of the rounds lie. The aim is the band. Where a case is not meant to keep its work, "
-        "it is in the table alone.</p>"
+        "<p>Time of a step on the patched tree over the published one's, processes in turns: the "
+        "median of the rounds, and where half of them lie. The aim is the band. Below it the same of two "
+        "processes of the published tree, which is how much of that is chance. Where a case is not meant to "
+        "keep its work, it is in the table alone.</p>"
     )
-    rows = [Range(name, each["ratio"], each["low"], each["high"]) for name, each in figures.steady(result)]
+    rows = [
+        Range(f"{name}{suffix}", each["ratio"], each["low"], each["high"], colour)
+        for name, ours in figures.steady(result)
+        for each, suffix, colour in ((ours, "", 0), (ours["noise"], ", the same tree", 1))
+    ]
     drawn = []
     for step in ("decode", "prefill"):
         chosen = [row for row in rows if f", {step}, " in row.name]
@@ -195,7 +200,9 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
                 for kind in ("gpu", "wall"):
                     each = batch[step][kind]
                     times = [f"{each[side] * 1000:.3f} ms" for side in ("published", "patched")]
-                    ratio = [f"{each[key]:.4f}" for key in ("ratio", "low", "high")]
+                    ratio = [
+                        f"{of[key]:.4f}" for of in (each, each["noise"]) for key in ("ratio", "low", "high")
+                    ]
                     table.append([escape(name), f"{step}, {kind}", *times, *ratio])
             for kind, each in batch["replay"].items():
                 more = ", ".join(f"{count} {what}" for what, count in each["more"].items())
@@ -206,7 +213,8 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
                     [escape(name), what, *counts, escape(more or "none"), escape(fewer or "none")]
                 )
     head = ["case", "step", "published", "patched", "ratio", "half of the rounds from", "to"]
-    yield _more("All times", _table(head, table, numbers=range(2, 7)))
+    head += ["the same tree", "from", "to"]
+    yield _more("All times", _table(head, table, numbers=range(2, 10)))
     head = ["case", "launched", "published", "patched", "more when patched", "fewer when patched"]
     yield "<h3>A replayed decode step's kernels, copies and fills</h3>"
     yield _more("All counts", _table(head, launches, numbers=(2, 3)))

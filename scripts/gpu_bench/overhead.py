@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import json
 import os
 import statistics
@@ -82,7 +83,9 @@ def load(model: str, overrides: dict[str, Any], server_args: dict[str, Any]) -> 
         runner = load_dummy_model(path, disable_piecewise_cuda_graph=True, **server_args)
     STATE["runner"] = runner
     STATE["forward"] = runner.torch_runner.forward = Forward(runner.torch_runner.forward)
-    # The two sides take turns on one core: neither has the faster one.
+    # The collector's turns are no part of a step.
+    gc.disable()
+    # The sides take turns on one core: none has the faster one.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     return {"graphs": sorted(runner.torch_runner.graph_runner.capture_bs)}
 
@@ -134,7 +137,11 @@ def routed_experts(dp: int, chunk: int, running: int, layers: int, topk: int) ->
     from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
     server_args = module.ServerArgs(
-        model_path="dummy", dp_size=dp, chunked_prefill_size=chunk, enable_dp_attention=dp > 1
+        model_path="dummy",
+        tp_size=dp,
+        dp_size=dp,
+        chunked_prefill_size=chunk,
+        enable_dp_attention=dp > 1,
     )
     text_config = SimpleNamespace(num_hidden_layers=layers, num_experts_per_tok=topk)
     with mock.patch.object(module, "_global_server_args", server_args):

@@ -198,8 +198,8 @@ def test_speed(project: Path, plain: Path, tmp_path: Path) -> None:
     steps = {
         "batch": 8,
         "captured": 8,
-        "prefill": {"gpu": {"ratio": 0.999}},
-        "decode": {"gpu": {"ratio": 1.001}},
+        "prefill": {"gpu": {"ratio": 0.999, "noise": {"ratio": 1.002}}},
+        "decode": {"gpu": {"ratio": 1.001, "noise": {"ratio": 0.998}}},
     }
     case = {"name": "DeepSeek-V4", "release": "0.5.12", "same work": True, "batches": [steps]}
     graph = {"ratio": 0.71, "limit": 0.6, "indexer speedup": 3.1}
@@ -215,6 +215,7 @@ def test_speed(project: Path, plain: Path, tmp_path: Path) -> None:
     assert overhead == same
     assert "NVIDIA H200: prefill and decode steps of " in overhead
     assert "take 0.999 to 1.001 times as long" in overhead
+    assert "a second process of the published tree takes 0.998 to 1.002." in overhead
     assert "64k tokens, batch 8, 3 steps, an iteration takes 0.71 of the time" in reuse
     # Nothing was measured on a release that has a patch of it.
     (project / "results" / "bench-overhead-2026-11-22T0300Z.json").write_text(
