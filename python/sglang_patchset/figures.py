@@ -62,9 +62,10 @@ def steady(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
     ratios = [each["ratio"] for _, each in steady(result)]
     noise = [each["noise"]["ratio"] for _, each in steady(result)]
-    yield f"**Nothing on the hot path**, {result['gpu']}: prefill and decode steps of DeepSeek-V4, gpt-oss"
-    yield f"and GLM take {min(ratios):.3f} to {max(ratios):.3f} times as long patched as they take published,"
-    yield f"where a second process of the published tree takes {min(noise):.3f} to {max(noise):.3f}."
+    yield f"**Nothing on the hot path**, {result['gpu']}, SGLang {' and '.join(sorted(_measured(result)))}:"
+    yield "prefill and decode steps of DeepSeek-V4, gpt-oss and GLM take"
+    yield f"{min(ratios):.3f} to {max(ratios):.3f} times as long patched as they take published, where"
+    yield f"a second process of the published tree takes {min(noise):.3f} to {max(noise):.3f}."
 
 
 def _reuse(result: Mapping[str, Any]) -> Iterator[str]:

@@ -213,7 +213,7 @@ def test_speed(project: Path, plain: Path, tmp_path: Path) -> None:
         file.write_text(json.dumps(head | contents))
     (overhead,), (same, reuse) = (speed(fix).splitlines() for fix in (HASH, DSA))
     assert overhead == same
-    assert "NVIDIA H200: prefill and decode steps of " in overhead
+    assert "NVIDIA H200, SGLang 0.5.12: prefill and decode steps of " in overhead
     assert "take 0.999 to 1.001 times as long" in overhead
     assert "a second process of the published tree takes 0.998 to 1.002." in overhead
     assert "64k tokens, batch 8, 3 steps, an iteration takes 0.71 of the time" in reuse
