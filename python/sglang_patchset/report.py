@@ -178,17 +178,15 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
         "processes of the published tree, which is how much of that is chance. Where a case is not meant to "
         "keep its work, it is in the table alone.</p>"
     )
-    rows = [
-        Range(f"{name}{suffix}", each["ratio"], each["low"], each["high"], colour)
-        for name, ours in figures.steady(result)
-        for each, suffix, colour in ((ours, "", 0), (ours["noise"], ", the same tree", 1))
-    ]
     drawn = []
     for step in ("decode", "prefill"):
-        chosen = [row for row in rows if f", {step}, " in row.name]
-        plot = plots.ranges(
-            f"{step} steps, patched over published", chosen, (0.995, 1.005), "GPU time, ratio"
-        )
+        rows = [
+            Range(label, each["ratio"], each["low"], each["high"], colour)
+            for name, ours in figures.steady(result)
+            if f", {step}, " in name
+            for label, each, colour in ((name, ours, 0), ("the same tree", ours["noise"], 1))
+        ]
+        plot = plots.ranges(f"{step} steps, patched over published", rows, (0.995, 1.005), "GPU time, ratio")
         drawn.append(_figure(f"{step.capitalize()} steps", plot))
     yield f'<div class="plots">{"".join(drawn)}</div>'
     table, launches = [], []
