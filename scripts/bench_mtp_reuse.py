@@ -60,7 +60,7 @@ def judged(times: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]
         found[kind] = {
             **dict(zip(("without", "with", "none"), medians, strict=True)),
             **benchmarks.ratio(reused, without),
-            "limit": medians[2] / medians[0],
+            "limit": benchmarks.ratio(none, without)["ratio"],
             "indexer share": indexer / medians[0],
             # How many times faster the indexer's part is, and how much of it is gone.
             "indexer speedup": indexer / rest if (rest := medians[1] - medians[2]) > 0 else None,

@@ -184,9 +184,12 @@ def _list(tables: Catalog, _: argparse.Namespace) -> int:
         rows.append((fix.name, f"#{fix.upstream_pr}", *pinned, ", ".join(ranges)))
     _print_table(("fix", "upstream", *map(str, tables.releases), "ranges"), rows)
     for fix in tables.fixes.values():
+        noted: dict[str, list[str]] = {}
         for versions, cell in fix.cells.items():
             if cell.note:
-                print(f"{fix.name} {versions}: {cell.note}")
+                noted.setdefault(cell.note, []).append(str(versions).removeprefix("=="))
+        for note, where in noted.items():
+            print(f"{fix.name} {', '.join(where)}: {note}")
         if fix.needs:
             print(f"{fix.name} needs {', '.join(fix.needs)}, where both have a patch")
     _print_gaps(tables.fixes.values(), tables.releases)
@@ -200,6 +203,8 @@ def _print_gaps(fixes: Iterable[Fix], versions: Iterable[Version]) -> None:
 
 
 def _status(tables: Catalog, options: argparse.Namespace) -> int:
+    if options.target in tables.fixes:
+        raise PatchsetError(f"{options.target}: a fix: `status` takes a target alone, and lists every fix")
     report = status.examine(tables, targets.find(options.target))
     if options.json:
         print(json.dumps(_as_json(report), indent=2))
@@ -354,6 +359,7 @@ def _target_and_fixes(tables: Catalog, names: list[str]) -> tuple[Target, list[s
         target, fixes = targets.find(names[0]), names[1:]
     else:
         target, fixes = targets.find(targets.INSTALLED), names
+    fixes = list(dict.fromkeys(fixes))
     if isinstance(target, Wheel) and fixes:
         raise PatchsetError(
             f"{target}: a patched wheel has the whole series: install it and revert fixes there"

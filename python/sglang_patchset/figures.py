@@ -13,8 +13,11 @@ _Writer = Callable[[Mapping[str, Any]], Iterator[str]]
 OVERHEAD, REUSE, TOOL, TESTS = "overhead", "mtp-reuse", "tool", "tests"
 
 
-# The fix that a benchmark is about, where it is one alone.
-_ABOUT = {REUSE: "dsa-index-sharing"}
+# The fixes whose code a benchmark of SGLang's speed runs, in the patched tree alone.
+_ABOUT = {
+    OVERHEAD: {"dsa-index-sharing", "dsv4-expert-distribution", "swa-graph-padding"},
+    REUSE: {"dsa-index-sharing"},
+}
 
 
 def sentences(root: Path) -> list[str]:
@@ -29,7 +32,7 @@ def sentences(root: Path) -> list[str]:
 def speed(root: Path, fix: str, releases: Set[str]) -> list[str]:
     """What was measured of SGLang's speed with a fix, on the releases that have a patch of it."""
     writers = {OVERHEAD: _overhead, REUSE: _reuse}
-    about = {what: writer for what, writer in writers.items() if _ABOUT.get(what, fix) == fix}
+    about = {what: writer for what, writer in writers.items() if fix in _ABOUT[what]}
     return [
         f"{sentence} ({str(result['date'])[:10]})"
         for sentence, result in _written(root, about)
@@ -59,21 +62,30 @@ def steady(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     ]
 
 
+def launches(result: Mapping[str, Any]) -> int:
+    """The most kernels, copies and fills that a replayed step runs more when it is patched."""
+    counts = [batch["replay"]["ran"] for case in result["cases"] for batch in case["batches"]]
+    return max(int(each["patched"]) - int(each["published"]) for each in counts)
+
+
 def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
     ratios = [each["ratio"] for _, each in steady(result)]
     noise = [each["noise"]["ratio"] for _, each in steady(result)]
-    yield f"**Nothing on the hot path**, {result['gpu']}, SGLang {' and '.join(sorted(_measured(result)))}:"
-    yield "prefill and decode steps of DeepSeek-V4, gpt-oss and GLM take"
+    cases = [case for case in result["cases"] if case["same work"]]
+    models = ", ".join(f"{case['name'].partition(',')[0]} on {case['release']}" for case in cases)
+    yield f"**What a step costs**, {result['gpu']}, {models}, all patches: prefill and decode take"
     yield f"{min(ratios):.3f} to {max(ratios):.3f} times as long patched as they take published, where"
     yield f"a second process of the published tree takes {min(noise):.3f} to {max(noise):.3f}."
+    yield f"A replayed decode step runs at most {launches(result)} more on the GPU."
 
 
 def _reuse(result: Mapping[str, Any]) -> Iterator[str]:
     best = min(result["iterations"], key=lambda each: each["graph"]["ratio"])
     graph = best["graph"]
-    yield f"**Draft steps that reuse their indices**, {result['gpu']}, GLM-5.2's dimensions: at"
-    yield f"{best['context'] // 1024}k tokens, batch {best['batch']}, {best['steps']} steps, an iteration"
-    yield f"takes {graph['ratio']:.2f} of the time (no indexer at all: {graph['limit']:.2f})"
+    yield f"**Draft steps that reuse their indices**, {result['gpu']}, GLM-5.2's dimensions on"
+    yield f"{result['release']}: best at {best['context'] // 1024}k tokens, batch {best['batch']},"
+    yield f"{best['steps']} steps, where an iteration's graph takes {graph['ratio']:.2f} of the time"
+    yield f"(no indexer at all: {graph['limit']:.2f})"
     yield f"and its indexer's part is {graph['indexer speedup'] or 0:.1f} times faster."
 
 

@@ -134,8 +134,7 @@ def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None
     if unsure and applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
         reason = f"applied by {applied.tool} from another patch: revert it with that version"
         return FixStatus(fix, FixState.UNKNOWN, reason)
-    # The note says what the release lacks.
-    notes = [reason or ("" if presence is Presence.IN else cell.note)]
+    notes = [reason or cell.note]
     if foreign and presence is not Presence.UNKNOWN:
         notes.append(f"other changes too in {', '.join(foreign)}")
     return FixStatus(fix, _FROM_TREE[presence], "; ".join(filter(None, notes)))

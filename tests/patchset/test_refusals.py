@@ -61,6 +61,15 @@ def test_an_unknown_fix(tree: Path, command: Command) -> None:
     assert digest(tree) == before
 
 
+def test_status_of_a_fix(command: Command) -> None:
+    assert "a fix: `status` takes a target alone" in command("status", "hash-topk-dummy-weights").refusal()
+
+
+def test_a_fix_named_twice(tree: Path, command: Command) -> None:
+    fix = "hash-topk-dummy-weights"
+    assert f"applied {fix}: restart" in command("apply", tree, fix, fix).out
+
+
 def test_no_sglang(command: Command, tmp_path: Path) -> None:
     assert "no SGLang in it" in command("apply", tmp_path).refusal()
     assert "neither a fix, nor a directory" in command("apply", tmp_path / "nowhere").refusal()

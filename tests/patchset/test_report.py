@@ -193,7 +193,7 @@ def test_page_with_every_benchmark(clone: Catalog, overhead: dict[str, Any], reu
     text = report.page(clone)
     page = Page(text)
     assert page.headings[2:] == [
-        "Nothing on the hot path",
+        "What a step costs",
         "What draft steps gain by reuse",
         "The tool",
         "The tests",

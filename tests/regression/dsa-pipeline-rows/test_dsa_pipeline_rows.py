@@ -168,6 +168,31 @@ class TestRows(CustomTestCase):
         slices = tp_size if num_tokens % tp_size == 0 else 1
         self.assertEqual(num_sent[2], num_tokens * INDEX_TOPK // slices)
 
+    def test_slices(self):
+        """Rows of integers are sent whole, everything else in slices if it can be."""
+        for tensor, num_sent in (
+            (torch.arange(4), 2),
+            (torch.arange(3), 3),
+            (torch.tensor(7), 1),
+            (torch.zeros(0, INDEX_TOPK, dtype=torch.int32), None),
+            (torch.tensor([True, False, True, True]), 2),
+            (torch.arange(6).reshape(3, 2), 6),
+            (torch.tensor([[True, False]] * 3), 6),
+            (torch.arange(3.0), 3),
+            (torch.arange(6.0).reshape(3, 2), 3),
+        ):
+            wire = Wire(2)
+            for rank in range(2):
+                wire.send(rank, {"tensor": tensor})
+            sent = [each.numel() for each in wire.tensors[0]]
+            self.assertEqual(
+                sent,
+                [] if num_sent is None else [num_sent],
+                f"{tensor} was not cut where it should be",
+            )
+            for rank in range(2):
+                torch.testing.assert_close(wire.receive(rank)["tensor"], tensor)
+
     def test_send_and_receive(self):
         self.check(lambda wire, rank, tensors: wire.receive(rank))
 
