@@ -420,6 +420,10 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str,
     from rich.text import Text
 
     table = Table(*header, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    # A name has to be typed: on a narrow terminal the rest is folded, never that.
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.overflow = "fold"
     for row in rows:
         table.add_row(*(Text.assemble(cell) for cell in row))
     terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()

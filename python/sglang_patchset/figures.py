@@ -76,7 +76,7 @@ def _overhead(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"**What a step costs**, {result['gpu']}, {models}, all patches: prefill and decode take"
     yield f"{min(ratios):.3f} to {max(ratios):.3f} times as long patched as they take published, where"
     yield f"a second process of the published tree takes {min(noise):.3f} to {max(noise):.3f}."
-    yield f"A replayed decode step runs at most {launches(result)} more on the GPU."
+    yield f"A replayed decode step runs at most {launches(result)} kernel, copy or fill more."
 
 
 def _reuse(result: Mapping[str, Any]) -> Iterator[str]:

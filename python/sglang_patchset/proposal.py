@@ -107,6 +107,13 @@ def _apply(catalog: Catalog, fix: Fix, directory: Path, index: Mapping[str, str]
     )
     if not candidates:
         raise PatchsetError(f"{fix.name}: no release has a patch for it: see `sglang-patchset list`")
+    tagged = [each for each in catalog.releases if not {f"v{each}", f"{TAG}{each}"}.isdisjoint(tags)]
+    cell = fix.cell(max(tagged)) if tagged else None
+    if cell and cell.state in (CellState.UPSTREAM, CellState.NOT_AFFECTED):
+        raise PatchsetError(
+            f"{directory}: SGLang {max(tagged)}, by its tag, does not need {fix.name}: "
+            "see `sglang-patchset list`"
+        )
     git.run("read-tree", "HEAD", cwd=directory, env=index)
 
     def has(patch: Patch) -> bool:

@@ -162,7 +162,7 @@ def _download(release: Release, scratch: Path, find_links: Path | None, tag: Tag
     result = pip("download", *options, find_links=find_links)
     if result.returncode:
         raise PatchsetError(
-            why(release.version, result, f" (there are some for {', '.join(release.python)})")
+            why(release.version, result, f" (there are some for {', '.join(release.python)})", find_links)
         )
     (wheel,) = scratch.glob("*.whl")
     return wheel
@@ -198,11 +198,16 @@ def for_tag(tag: Tag) -> list[str]:
 
 
 def why(
-    version: Version, result: subprocess.CompletedProcess[str], others: str = "", *, any_machine: bool = False
+    version: Version,
+    result: subprocess.CompletedProcess[str],
+    others: str = "",
+    find_links: Path | None = None,
+    *,
+    any_machine: bool = False,
 ) -> str:
     """What a failed download means to its user; `others` says which wheels there are.
 
-    With `any_machine`, a wheel of any would have done.
+    With `find_links`, only those in it; with `any_machine`, a wheel of any would have done.
     """
     requirement = f"sglang=={version}"
     stdout, stderr = result.stdout, result.stderr
@@ -218,6 +223,10 @@ def why(
         return f"{requirement}: what pip found is not the published wheel: check pip's index and find-links"
     if "No matching distribution found" in stderr and any_machine:
         return f"{requirement}: pip finds no wheel of it: check the version, and pip's index"
+    if "No matching distribution found" in stderr and find_links:
+        return (
+            f"{find_links}: no wheel of {requirement} that fits{others}: put it there, or name a wheel file"
+        )
     if "No matching distribution found" in stderr:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (

@@ -149,6 +149,8 @@ def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reade
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     if version.is_prerelease or version.local:
         reason = f"SGLang {version} is no release, and the files are not those of a pinned one"
+    elif version < min(catalog.releases):
+        reason = f"SGLang {version} is older than the releases that were looked at"
     else:
         reason = f"SGLang {version} is none of the releases that were looked at: update sglang-patchset"
     return FixStatus(fix, FixState.UNKNOWN, reason)

@@ -314,7 +314,8 @@ def test_what_is_no_wheel(command: Command, tmp_path: Path, wheels: Mapping[str,
     for name in ("other-1.0-py3-none-any.whl", "sglang.whl", wheels["0.5.12"].name):
         (tmp_path / name).write_bytes(b"")
         command("apply", tmp_path / name).refusal()
-    assert "pip finds no wheel" in command("wheel", "0.5.12", "--find-links", ROOT / "tests").refusal()
+    refusal = command("wheel", "0.5.12", "--find-links", ROOT / "tests").refusal()
+    assert refusal.startswith(f"sglang-patchset: {ROOT / 'tests'}: no wheel of sglang==0.5.12 that fits (")
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, None])
