@@ -134,7 +134,9 @@ def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None
     if unsure and applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
         reason = f"applied by {applied.tool} from another patch: revert it with that version"
         return FixStatus(fix, FixState.UNKNOWN, reason)
-    notes = [reason or cell.note]
+    # What the patch leaves open is of those who have it, every other note of those who have not.
+    remark = cell.note if presence is not Presence.IN or cell.note.startswith("left open: ") else ""
+    notes = [reason or remark]
     if foreign and presence is not Presence.UNKNOWN:
         notes.append(f"other changes too in {', '.join(foreign)}")
     return FixStatus(fix, _FROM_TREE[presence], "; ".join(filter(None, notes)))

@@ -168,30 +168,30 @@ class TestRows(CustomTestCase):
         slices = tp_size if num_tokens % tp_size == 0 else 1
         self.assertEqual(num_sent[2], num_tokens * INDEX_TOPK // slices)
 
-    def test_slices(self):
-        """Rows of integers are sent whole, everything else in slices if it can be."""
-        for tensor, num_sent in (
-            (torch.arange(4), 2),
-            (torch.arange(3), 3),
-            (torch.tensor(7), 1),
-            (torch.zeros(0, INDEX_TOPK, dtype=torch.int32), None),
-            (torch.tensor([True, False, True, True]), 2),
-            (torch.arange(6).reshape(3, 2), 6),
-            (torch.tensor([[True, False]] * 3), 6),
-            (torch.arange(3.0), 3),
-            (torch.arange(6.0).reshape(3, 2), 3),
-        ):
-            wire = Wire(2)
-            for rank in range(2):
-                wire.send(rank, {"tensor": tensor})
-            sent = [each.numel() for each in wire.tensors[0]]
-            self.assertEqual(
-                sent,
-                [] if num_sent is None else [num_sent],
-                f"{tensor} was not cut where it should be",
-            )
-            for rank in range(2):
-                torch.testing.assert_close(wire.receive(rank)["tensor"], tensor)
+    def check_slices(self, tensor, num_sent):
+        """What each of two ranks sends of a tensor that they have alike."""
+        wire = Wire(2)
+        for rank in range(2):
+            wire.send(rank, {"tensor": tensor})
+        sent = [each.numel() for each in wire.tensors[0]]
+        self.assertEqual(sent, num_sent, f"{tensor} was not cut where it should be")
+        for rank in range(2):
+            torch.testing.assert_close(wire.receive(rank)["tensor"], tensor)
+
+    def test_other_tensors(self):
+        """In slices where they can be shared out evenly, as ever."""
+        self.check_slices(torch.arange(4), [2])
+        self.check_slices(torch.arange(3), [3])
+        self.check_slices(torch.tensor(7), [1])
+        self.check_slices(torch.tensor([True, False, True, True]), [2])
+        self.check_slices(torch.zeros(0, INDEX_TOPK, dtype=torch.int32), [])
+        self.check_slices(torch.arange(6.0).reshape(3, 2), [3])
+        self.check_slices(torch.arange(3.0), [3])
+
+    def test_rows_of_integers(self):
+        self.check_slices(torch.arange(6).reshape(3, 2), [6])
+        self.check_slices(torch.tensor([[True, False]] * 3), [6])
+        self.check_slices(torch.arange(8).reshape(4, 2), [4])
 
     def test_send_and_receive(self):
         self.check(lambda wire, rank, tensors: wire.receive(rank))
