@@ -181,13 +181,11 @@ def alternate(case: Case, workers: Mapping[str, Worker], batch: int, prompt: int
         found[step] = {}
         for kind in ("wall", "gpu"):
             sides = {side: [each[step][kind] for each in samples[side]] for side in samples}
-            found[step][kind] = {
+            each = found[step][kind] = {
                 **{side: statistics.median(times) for side, times in sides.items()},
                 **benchmarks.ratio(sides["patched"], sides["published"]),
                 "noise": benchmarks.ratio(sides[AGAIN], sides["published"]),
             }
-    for step in ("prefill", "decode"):
-        for kind, each in found[step].items():
             print(
                 f"{case.name}, {batch} in {captured}: {step} {kind} {each['patched'] * 1000:.3f} ms, "
                 f"{each['ratio']:.4f} ({each['low']:.4f} to {each['high']:.4f}), "
@@ -206,7 +204,7 @@ def replay(case: Case, workers: Mapping[str, Worker], batch: int, prompt: int) -
     }
     found = {}
     for kind in ("ran", "launched"):
-        published, patched = (collections.Counter(profiles[side][kind]) for side in ("published", "patched"))
+        published, patched = (collections.Counter(profile[kind]) for profile in profiles.values())
         found[kind] = {
             "published": published.total(),
             "patched": patched.total(),

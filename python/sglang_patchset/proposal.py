@@ -98,16 +98,13 @@ def _apply(catalog: Catalog, fix: Fix, directory: Path, index: Mapping[str, str]
     # The patch of the very release comes first, where HEAD is one, with other fixes or without: by its files,
     # then by its tag.
     tags = git.run("tag", "--merged", "HEAD", cwd=directory).split()
+    tagged = [each for each in catalog.releases if not {f"v{each}", f"{TAG}{each}"}.isdisjoint(tags)]
     candidates.sort(
-        key=lambda each: (
-            _files_of(each[0], each[1], listed),
-            not {f"v{each[0].release.version}", f"{TAG}{each[0].release.version}"}.isdisjoint(tags),
-        ),
+        key=lambda each: (_files_of(each[0], each[1], listed), each[0].release.version in tagged),
         reverse=True,
     )
     if not candidates:
         raise PatchsetError(f"{fix.name}: no release has a patch for it: see `sglang-patchset list`")
-    tagged = [each for each in catalog.releases if not {f"v{each}", f"{TAG}{each}"}.isdisjoint(tags)]
     cell = fix.cell(max(tagged)) if tagged else None
     if cell and cell.state in (CellState.UPSTREAM, CellState.NOT_AFFECTED):
         raise PatchsetError(

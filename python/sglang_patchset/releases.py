@@ -221,13 +221,14 @@ def why(
         )
     if "DO NOT MATCH THE HASHES" in stderr:
         return f"{requirement}: what pip found is not the published wheel: check pip's index and find-links"
-    if "No matching distribution found" in stderr and any_machine:
+    missing = "No matching distribution found" in stderr
+    if missing and any_machine:
         return f"{requirement}: pip finds no wheel of it: check the version, and pip's index"
-    if "No matching distribution found" in stderr and find_links:
+    if missing and find_links:
         return (
             f"{find_links}: no wheel of {requirement} that fits{others}: put it there, or name a wheel file"
         )
-    if "No matching distribution found" in stderr:
+    if missing:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         return (
             f"{requirement}: pip finds no wheel for this machine and Python {python}{others}: "
