@@ -17,8 +17,9 @@ from typing import Any
 
 from gpu_bench.process import Worker
 
-from sglang_patchset import benchmarks, catalog, cuda
-from sglang_patchset.trees import Trees
+from sglang_patchset import catalog
+from sglang_patchset.proof import benchmarks, cuda
+from sglang_patchset.proof.trees import Trees
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache"

@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sglang_patchset import benchmarks, catalog, verify
-from sglang_patchset.trees import Trees
-from sglang_patchset.verify import Cell, Runner, Verdict
+from sglang_patchset import catalog
+from sglang_patchset.proof import benchmarks, verify
+from sglang_patchset.proof.trees import Trees
+from sglang_patchset.proof.verify import Cell, Runner, Verdict
 
 ROOT = Path(__file__).parents[1]
 SLOWEST = 10

@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_patchset import benchmarks, catalog, git, patches, releases
-from sglang_patchset.benchmarks import Usage
-from sglang_patchset.trees import Trees
+from sglang_patchset import catalog, git, patches, releases
+from sglang_patchset.proof import benchmarks
+from sglang_patchset.proof.benchmarks import Usage
+from sglang_patchset.proof.trees import Trees
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache"

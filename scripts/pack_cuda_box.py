@@ -44,7 +44,7 @@ try:
     from sglang_patchset import catalog
     from sglang_patchset.catalog import Catalog, Release
     from sglang_patchset.errors import PatchsetError
-    from sglang_patchset.trees import Trees
+    from sglang_patchset.proof.trees import Trees
 except ImportError as missing:
     print(f"pack_cuda_box.py: {missing}: run `pip install '.[pack]'` in the clone first", file=sys.stderr)
     sys.exit(2)

@@ -4,7 +4,8 @@
 import argparse
 from pathlib import Path
 
-from sglang_patchset import catalog, results
+from sglang_patchset import catalog
+from sglang_patchset.proof import results
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from packaging.version import Version
 
-from sglang_patchset import __version__, catalog, releases, series, status, targets, wheels
+from sglang_patchset import __version__, catalog, releases, repair, status, targets, wheels
 from sglang_patchset.catalog import Catalog, Fix
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.status import FixState, Report
@@ -25,7 +25,7 @@ from sglang_patchset.targets import Package, Target, Wheel
 
 # What an operator's verbs have no use for is imported by the verb that has: it takes as long as they do.
 if TYPE_CHECKING:
-    from sglang_patchset.verify import Verdict
+    from sglang_patchset.proof.verify import Verdict
 
 _COLOURS = {
     FixState.VULNERABLE: "red",
@@ -220,14 +220,14 @@ def _apply(tables: Catalog, options: argparse.Namespace) -> int:
     target, names = _target_and_fixes(tables, options.names)
     if isinstance(target, Wheel):
         return _print_wheel(tables, wheels.patch(tables, target, target.file.parent))
-    return _print_change(tables, target, "applied", series.apply(tables, target, names))
+    return _print_change(tables, target, "applied", repair.apply(tables, target, names))
 
 
 def _revert(tables: Catalog, options: argparse.Namespace) -> int:
     target, names = _target_and_fixes(tables, options.names)
     if isinstance(target, Wheel):
         return _print_wheel(tables, wheels.unpatch(tables, target))
-    return _print_change(tables, target, "took out", series.revert(tables, target, names))
+    return _print_change(tables, target, "took out", repair.revert(tables, target, names))
 
 
 def _wheel(tables: Catalog, options: argparse.Namespace) -> int:
@@ -239,17 +239,17 @@ def _wheel(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
-    from sglang_patchset import upstream
+    from sglang_patchset.queue import repository
 
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
         published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
-        upstream.checkout(tables, published, options.directory)
+        repository.checkout(tables, published, options.directory)
     print(f"{options.directory}: on its branch patchset; `git log -p` there shows the fixes")
     return 0
 
 
 def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
-    from sglang_patchset import rebase
+    from sglang_patchset.queue import rebase
 
     done = rebase.rebase(tables, options.directory, options.source, options.find_links)
     rows = [(fix, outcome.value) for fix, outcome, _ in done.fixes]
@@ -271,7 +271,7 @@ def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _export(tables: Catalog, options: argparse.Namespace) -> int:
-    from sglang_patchset import proposal
+    from sglang_patchset.queue import proposal
 
     text = options.text or Path(f"{options.fix}.md")
     made = proposal.export(tables, options.fix, options.directory, text)
@@ -282,7 +282,7 @@ def _export(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _pin(tables: Catalog, options: argparse.Namespace) -> int:
-    from sglang_patchset import pins
+    from sglang_patchset.queue import pins
 
     release = pins.pin(tables, options.release, options.find_links)
     done = "already pinned" if release.version in tables.releases else "pinned"
@@ -292,7 +292,7 @@ def _pin(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _refresh(tables: Catalog, options: argparse.Namespace) -> int:
-    from sglang_patchset import stack
+    from sglang_patchset.queue import stack
 
     done = stack.refresh(tables, options.directory)
     rows = [(fix, name, change.value) for fix, name, change in done.changes]
@@ -303,7 +303,7 @@ def _refresh(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _report(tables: Catalog, options: argparse.Namespace) -> int:
-    from sglang_patchset import report
+    from sglang_patchset.proof import report
 
     report.write(tables, options.out)
     print(options.out)
@@ -311,8 +311,8 @@ def _report(tables: Catalog, options: argparse.Namespace) -> int:
 
 
 def _verify(tables: Catalog, options: argparse.Namespace) -> int:
-    from sglang_patchset import verify
-    from sglang_patchset.verify import Outcome
+    from sglang_patchset.proof import verify
+    from sglang_patchset.proof.verify import Outcome
 
     colours = {Outcome.RED: "red", Outcome.GREEN: "green", Outcome.NOT_RUN: "yellow"}
     fixes = [tables.fix(name) for name in options.fixes] or list(tables.fixes.values())

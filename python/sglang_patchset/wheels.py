@@ -16,7 +16,7 @@ from typing import BinaryIO
 from packaging.version import Version
 from wheel.wheelfile import WheelFile
 
-from sglang_patchset import archive, receipt, record, releases, series, status, transaction
+from sglang_patchset import archive, receipt, record, releases, repair, status, transaction
 from sglang_patchset.archive import Member
 from sglang_patchset.catalog import Catalog, published_version
 from sglang_patchset.errors import PatchsetError
@@ -36,15 +36,15 @@ def patch(catalog: Catalog, wheel: Wheel, out: Path) -> Path:
         PatchsetError: nothing was written, the message says why.
     """
     if published_version(wheel.version) != wheel.version:
-        _, missing = series.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
+        _, missing = repair.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
         if not missing:
             return wheel.file
     release = releases.check(catalog, wheel.file)
     if not release.patchset:
         raise PatchsetError(f"{wheel}: SGLang {release.version} has no patch set: see `sglang-patchset list`")
-    found, fixes = series.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
+    found, fixes = repair.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
     changed: dict[str, bytes | None] = {
-        **series.contents(found, add=frozenset(fixes)),
+        **repair.contents(found, add=frozenset(fixes)),
         receipt.PATH: receipt.render(found.series, frozenset(fixes)),
     }
     return _rewrite(wheel, found.series.release.patched_version, changed, out)
@@ -59,7 +59,7 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
     Raises:
         PatchsetError: nothing was written, the message says why.
     """
-    found, fixes = series.select(catalog, status.examine(catalog, wheel), (), FixState.PATCHED)
+    found, fixes = repair.select(catalog, status.examine(catalog, wheel), (), FixState.PATCHED)
     if not fixes:
         return wheel.file
     if foreign := found.foreign():
@@ -72,7 +72,7 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
     # Where it lies there as published already, it stays the very file.
     if published.exists() and releases.listed(catalog, published) == "published":
         return published
-    changed: dict[str, bytes | None] = {**series.contents(found, remove=frozenset(fixes)), receipt.PATH: None}
+    changed: dict[str, bytes | None] = {**repair.contents(found, remove=frozenset(fixes)), receipt.PATH: None}
     if not published.exists():
         return _rewrite(wheel, version, changed, wheel.file.parent)
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:

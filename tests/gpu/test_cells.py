@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_patchset import catalog, cuda, results
+from sglang_patchset import catalog
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.verify import Outcome, Tree, Verdict
+from sglang_patchset.proof import cuda, results
+from sglang_patchset.proof.verify import Outcome, Tree, Verdict
 
 pytestmark = pytest.mark.gpu
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from sglang_patchset import catalog, cli, patches, releases, upstream
+from sglang_patchset import catalog, cli, patches, releases
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.patches import Series
+from sglang_patchset.queue import repository
 
 ROOT = Path(__file__).parents[2]
 _TABLES = catalog.load()
@@ -134,7 +135,7 @@ def checkouts(
     """A checkout of each release that has patches; nothing may change them."""
     directory = tmp_path_factory.mktemp("checkouts")
     for release in PATCHED:
-        upstream.checkout(tables, wheels[release], directory / release)
+        repository.checkout(tables, wheels[release], directory / release)
     return {release: directory / release for release in PATCHED}
 
 

@@ -14,9 +14,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
-from sglang_patchset import catalog, patches, verify
+from sglang_patchset import catalog, patches
 from sglang_patchset.catalog import Catalog, CellState
 from sglang_patchset.patches import Series
+from sglang_patchset.proof import verify
 
 from .conftest import RELEASES, Command
 

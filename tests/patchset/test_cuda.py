@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from sglang_patchset import cuda, patches, results
+from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog, CellState, Suite
-from sglang_patchset.cuda import Machine, Pair
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.verify import Outcome, Tree
+from sglang_patchset.proof import cuda, results
+from sglang_patchset.proof.cuda import Machine, Pair
+from sglang_patchset.proof.verify import Outcome, Tree
 
 from .conftest import ROOT
 

@@ -14,7 +14,7 @@ from sglang_patchset import patches, survey
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.git import blob_id
 from sglang_patchset.patches import Series
-from sglang_patchset.series import contents
+from sglang_patchset.repair import contents
 from sglang_patchset.survey import Presence
 
 from .conftest import Command, change, digest, edit, git, link

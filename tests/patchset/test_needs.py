@@ -12,9 +12,9 @@ from packaging.version import Version
 
 from sglang_patchset import catalog, patches, releases, survey
 from sglang_patchset.catalog import Catalog
-from sglang_patchset.series import contents
+from sglang_patchset.proof.trees import Trees
+from sglang_patchset.repair import contents
 from sglang_patchset.survey import Presence
-from sglang_patchset.trees import Trees
 
 from .conftest import ROOT, Command, change, copy, digest, edit, from_copy, git
 from .test_stack import add_to_catalogue, message, rebase

@@ -12,8 +12,9 @@ from zipfile import ZipFile
 import pytest
 from packaging.version import Version
 
-from sglang_patchset import patches, results
+from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog
+from sglang_patchset.proof import results
 
 from .conftest import HERE, ROOT, Command, change, copy, edit, from_copy, git
 

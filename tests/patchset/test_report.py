@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from sglang_patchset import benchmarks, catalog, figures, report, results
+from sglang_patchset import catalog
 from sglang_patchset.catalog import Catalog
-from sglang_patchset.cuda import Machine
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.proof import benchmarks, figures, report, results
+from sglang_patchset.proof.cuda import Machine
 
 from .conftest import ROOT, Command, digest, from_copy
 

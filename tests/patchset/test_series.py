@@ -15,7 +15,7 @@ import pytest
 from sglang_patchset import catalog, patches, survey
 from sglang_patchset.catalog import Catalog, Cell, CellState
 from sglang_patchset.patches import Series
-from sglang_patchset.series import contents
+from sglang_patchset.repair import contents
 from sglang_patchset.survey import Presence
 
 from .conftest import Command, change, digest

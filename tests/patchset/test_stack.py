@@ -343,7 +343,8 @@ def test_a_directory_that_cannot_be_replaced(
     checkout: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old series is put back."""
-    from sglang_patchset import catalog, stack
+    from sglang_patchset import catalog
+    from sglang_patchset.queue import stack
 
     git(checkout, "reset", "--quiet", "--hard", "HEAD~1")
     before = digest(project / "patches")

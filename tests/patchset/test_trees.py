@@ -14,9 +14,9 @@ from packaging.version import Version
 
 from sglang_patchset import releases, status
 from sglang_patchset.catalog import Catalog
+from sglang_patchset.proof.trees import Trees
 from sglang_patchset.status import FixState
 from sglang_patchset.targets import Package
-from sglang_patchset.trees import Trees
 
 from .conftest import edit
 

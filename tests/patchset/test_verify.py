@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from sglang_patchset import catalog, verify
+from sglang_patchset import catalog
 from sglang_patchset.catalog import Catalog, Cell, CellState, Fix, Suite
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.verify import Outcome, Verdict
+from sglang_patchset.proof import verify
+from sglang_patchset.proof.verify import Outcome, Verdict
 
 from .conftest import Command
 

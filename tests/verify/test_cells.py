@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_patchset import catalog, verify
+from sglang_patchset import catalog
 from sglang_patchset.catalog import CellState
-from sglang_patchset.verify import Outcome, Tree, Verdict
+from sglang_patchset.proof import verify
+from sglang_patchset.proof.verify import Outcome, Tree, Verdict
 
 TABLES = catalog.load()
 RELEASES = list(TABLES.releases.values())

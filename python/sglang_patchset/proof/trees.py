@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.tags import Tag
 
-from sglang_patchset import patches, record, releases, series
+from sglang_patchset import patches, record, releases, repair
 from sglang_patchset.catalog import Catalog, Release
 from sglang_patchset.targets import Package
 
@@ -81,7 +81,7 @@ class Trees:
     def _patch(self, release: Release, fixes: list[str], draft: Path) -> None:
         # The bytecode of what the series leaves alone is good for the patched tree too.
         shutil.copytree(self.published(release), draft)
-        series.apply(self._catalog, Package(draft / "sglang", release.version), fixes)
+        repair.apply(self._catalog, Package(draft / "sglang", release.version), fixes)
 
 
 def _intact(tree: Path) -> bool:

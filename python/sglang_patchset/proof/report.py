@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sglang_patchset import benchmarks, figures, plots, results
 from sglang_patchset.catalog import Catalog, CellState
-from sglang_patchset.figures import OVERHEAD, REUSE, TESTS, TOOL
-from sglang_patchset.plots import Line, Range, number
-from sglang_patchset.results import Seen
+from sglang_patchset.proof import benchmarks, figures, plots, results
+from sglang_patchset.proof.figures import OVERHEAD, REUSE, TESTS, TOOL
+from sglang_patchset.proof.plots import Line, Range, number
+from sglang_patchset.proof.results import Seen
 
 _STATES = {
     CellState.UNPATCHED: "vulnerable, no patch",

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release, Suite
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.trees import Trees
-from sglang_patchset.verify import IMPORTING, Cell, Outcome, Runner, Tree, Verdict
+from sglang_patchset.proof.trees import Trees
+from sglang_patchset.proof.verify import IMPORTING, Cell, Outcome, Runner, Tree, Verdict
 
 # What a test with its servers wants to itself: less makes it slow, or fail for want of memory.
 _CORES = 2

@@ -11,12 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sglang_patchset import figures, patches
+from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog
-from sglang_patchset.cuda import Machine, Pair
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.plots import number
-from sglang_patchset.verify import Outcome, Tree, Verdict
+from sglang_patchset.proof import figures
+from sglang_patchset.proof.cuda import Machine, Pair
+from sglang_patchset.proof.plots import number
+from sglang_patchset.proof.verify import Outcome, Tree, Verdict
 
 _BEGIN = "<!-- from results/, by scripts/results_table.py -->\n"
 _FIGURES = "<!-- figures from results/, by scripts/results_table.py -->\n"

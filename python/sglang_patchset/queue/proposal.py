@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sglang_patchset import figures, git, patches, results
+from sglang_patchset import git, patches
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.patches import Patch, Series
-from sglang_patchset.results import Seen
-from sglang_patchset.upstream import TAG
+from sglang_patchset.proof import figures, results
+from sglang_patchset.proof.results import Seen
+from sglang_patchset.queue.repository import TAG
 
 # Upstream's unit tests lie as the package does: srt/observability has test/registered/unit/observability.
 _TESTS = PurePosixPath("test/registered/unit")

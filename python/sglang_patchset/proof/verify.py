@@ -28,7 +28,7 @@ from packaging.version import Version
 from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog, CellState, Fix, Release, Suite
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.trees import Trees
+from sglang_patchset.proof.trees import Trees
 
 # What a tree's tests may take, in seconds; a hang is a failure too.
 _TIMEOUT = 1800

@@ -14,9 +14,10 @@ from packaging.requirements import Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
-from sglang_patchset import releases, upstream, wheels
+from sglang_patchset import releases, wheels
 from sglang_patchset.catalog import Catalog, Release, parse_releases
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.queue import repository
 from sglang_patchset.targets import Wheel
 
 # What decides whether a release's patch can matter, or its tests can run.
@@ -118,7 +119,7 @@ def _look(version: Version, scratch: Path, find_links: Path | None) -> Release:
         wheels={file.name: releases.sha256(file) for file in files},
         tree="",
     )
-    return replace(release, tree=upstream.tree(release, wheel))
+    return replace(release, tree=repository.tree(release, wheel))
 
 
 def _names(version: Version, find_links: Path | None) -> set[str]:

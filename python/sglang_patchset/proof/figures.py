@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from sglang_patchset import benchmarks
-from sglang_patchset.plots import number
+from sglang_patchset.proof import benchmarks
+from sglang_patchset.proof.plots import number
 
 _Writer = Callable[[Mapping[str, Any]], Iterator[str]]
 OVERHEAD, REUSE, TOOL, TESTS = "overhead", "mtp-reuse", "tool", "tests"

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from sglang_patchset import git, releases, stack, upstream
+from sglang_patchset import git, releases
 from sglang_patchset.catalog import Catalog, CellState, Release
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.stack import Mail
-from sglang_patchset.upstream import TAG
+from sglang_patchset.queue import repository, stack
+from sglang_patchset.queue.repository import TAG
+from sglang_patchset.queue.stack import Mail
 
 
 class Outcome(Enum):
@@ -68,7 +69,7 @@ def rebase(catalog: Catalog, directory: Path, name: str, find_links: Path | None
             raise PatchsetError(f"{directory}: has a branch {branch}: check it out, or delete it")
         base = Path(scratch, "base")
         base.mkdir()
-        upstream.commit_release(release, wheel, base)
+        repository.commit_release(release, wheel, base)
         git.run("fetch", "--quiet", "--no-tags", str(base), f"refs/tags/{tag}:refs/tags/{tag}", cwd=directory)
         dropped = {
             mail.fix: reason for mail in old.mails if (reason := _dropped(catalog, mail, release, directory))
@@ -111,7 +112,7 @@ def _go_on(catalog: Catalog, directory: Path, name: str) -> Rebased:
 def _am(directory: Path, release: Release, *args: str) -> None:
     """Run git am; where it stops, its state says so."""
     options = [] if args == ("--continue",) else ["--committer-date-is-author-date"]
-    git.succeeds("am", "--quiet", *options, *args, cwd=directory, env=upstream.person(release.date))
+    git.succeeds("am", "--quiet", *options, *args, cwd=directory, env=repository.person(release.date))
 
 
 def _report(directory: Path, release: Release, given: dict[str, None]) -> Iterator[tuple[str, Outcome, str]]:

@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 from sglang_patchset import git, patches
 from sglang_patchset.catalog import Catalog, CellState, Release
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.upstream import TAG
+from sglang_patchset.queue.repository import TAG
 
 _FIX, _TEST = "Patchset-Fix", "Regression-Test"
 _TRAILERS = (_FIX, "Upstream-PR", "Upstream-Status", "Affects", _TEST)
