@@ -37,7 +37,7 @@ DECODES = 96
 
 @dataclass(frozen=True)
 class Case:
-    """A model on one release. `behind` is in the published tree too: without it, that does not run.
+    """A model on one release. `base_has` is in the published tree too: without it, that does not run.
 
     `batches` maps a batch size to the length of its prompts. `same_work` is whether the fixes leave the work
     as it is.
@@ -48,7 +48,7 @@ class Case:
     model: str
     batches: Mapping[int, int]
     server_args: Mapping[str, Any]
-    behind: tuple[str, ...] = ()
+    base_has: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
     same_work: bool = True
 
@@ -65,7 +65,7 @@ CASES = (
         # Up to 128 tokens, extend and decode share a kernel that takes long to compile.
         {4: 24, 3: 24},
         {"max_total_tokens": 32768, "cuda_graph_bs": [4]},
-        behind=("hash-topk-dummy-weights",),
+        base_has=("hash-topk-dummy-weights",),
     ),
     Case(
         "gpt-oss",
@@ -107,7 +107,7 @@ def measure(contents: dict[str, Any]) -> None:
     tables = catalog.load(ROOT / "patches")
     box = cuda.machine()
     contents |= {"gpu": box.gpu, "driver": box.driver, "versions": box.versions, "cases": [], "buffers": []}
-    shelf = Trees(tables, CACHE / "trees")
+    trees = Trees(tables, CACHE / "trees")
 
     def failed(case: Case, workers: Mapping[str, Worker], error: WorkerError) -> None:
         """The other cases are still worth their time, and want the GPU to themselves."""
@@ -120,10 +120,10 @@ def measure(contents: dict[str, Any]) -> None:
         pairs = []
         for case in CASES:
             release = tables.releases[Version(case.release)]
-            published = shelf.partly(release, case.behind)
-            trees = {"published": published, "patched": shelf.patched(release), AGAIN: published}
+            published = trees.partly(release, case.base_has)
+            sides = {"published": published, "patched": trees.patched(release), AGAIN: published}
             workers = {}
-            for side, tree in trees.items():
+            for side, tree in sides.items():
                 name = f"overhead-{case.model}-{case.same_work}-{side.replace(' ', '-')}.log"
                 log = CACHE / "bench-logs" / name
                 environment = cuda.ENVIRONMENT | {
@@ -149,7 +149,7 @@ def measure(contents: dict[str, Any]) -> None:
             found: dict[str, Any] = {
                 "name": case.name,
                 "release": case.release,
-                "published has": case.behind,
+                "published has": case.base_has,
                 "same work": case.same_work,
                 "batches": [],
             }

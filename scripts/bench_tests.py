@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from sglang_patchset import catalog
-from sglang_patchset.proof import benchmarks, verify
+from sglang_patchset.proof import benchmarks, expected, plan, verify
+from sglang_patchset.proof.judge import Verdict
+from sglang_patchset.proof.plan import Job
+from sglang_patchset.proof.runner import Runner
 from sglang_patchset.proof.trees import Trees
-from sglang_patchset.proof.verify import Cell, Runner, Verdict
 
 ROOT = Path(__file__).parents[1]
 SLOWEST = 10
@@ -29,21 +31,21 @@ def measure(contents: dict[str, Any]) -> None:
     """Two at a time, as `verify` runs them on two cores, and one."""
     tables = catalog.load(ROOT / "patches")
     releases = list(tables.releases.values())
-    shelf = Trees(tables, ROOT / ".cache" / "trees")
-    groups = verify.grouped(list(tables.fixes.values()), releases, shelf)
+    trees = Trees(tables, ROOT / ".cache" / "trees")
+    groups = plan.grouped(expected.load_all(tables), releases, trees)
     contents["runs"] = []
     for processes in (2, 1):
         print(f"{len(groups)} trees, {processes} at a time", flush=True)
         contents["runs"].append(run(groups, processes))
 
 
-def run(groups: Sequence[tuple[Path, list[Cell]]], processes: int) -> dict[str, Any]:
+def run(groups: Sequence[tuple[Path, list[Job]]], processes: int) -> dict[str, Any]:
     """Every tree's process, so many at a time."""
     trees: list[dict[str, Any]] = []
 
-    def timed(path: Path, cells: list[Cell]) -> list[Verdict]:
+    def timed(path: Path, jobs: list[Job]) -> list[Verdict]:
         begin = time.monotonic()
-        verdicts = runner.verify(path, cells, verify.ONE_THREAD)
+        verdicts = [verdict for _, verdict in verify.judged(runner, path, jobs)]
         seconds = time.monotonic() - begin
         tests = [(each.fix, name, took) for each in verdicts for name, took in each.durations.items()]
         release, tree = verdicts[0].release, verdicts[0].tree.value
@@ -62,7 +64,7 @@ def run(groups: Sequence[tuple[Path, list[Cell]]], processes: int) -> dict[str, 
 
     begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with Runner(ROOT) as runner, ThreadPoolExecutor(processes) as pool:
-        runner.wait(pool, [pool.submit(timed, path, cells) for path, cells in groups])
+        list(verify.completed(pool, runner, [pool.submit(timed, path, jobs) for path, jobs in groups]))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     tests = [(f"{each['release']} {each['tree']}", *test) for each in trees for test in each.pop("tests")]
     return {

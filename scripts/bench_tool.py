@@ -182,16 +182,17 @@ def made_up(scratch: Path, number: int, count: int) -> Path:
     project = scratch / "project"
     series = project / "patches" / VERSION
     series.mkdir(parents=True)
+    (project / "patches" / "fixes").mkdir()
     shutil.copytree(ROOT / "python", project / "python")
     changed = [*LINES[:150], "value_150 = 'mended'\n", *LINES[151:]]
     old, new = ("".join(lines).encode() for lines in (LINES, changed))
     hunk = "".join(f" {line}" for line in LINES[147:150])
     hunk += f"-{LINES[150]}+{changed[150]}" + "".join(f" {line}" for line in LINES[151:154])
-    fixes, names, touched = "", "", []
+    names, touched = "", []
     for index in range(number):
         path = f"sglang/srt/touched_{index}.py"
         touched.append(path)
-        name = f"{index + 1:04}-fix-{index}.patch"
+        name = f"fix-{index}.patch"
         names += f"{name}\n"
         (series / name).write_text(
             f"Subject: [PATCH] Mend {path}\n---\n"
@@ -199,17 +200,15 @@ def made_up(scratch: Path, number: int, count: int) -> Path:
             f"index {git.blob_id(old)}..{git.blob_id(new)} 100644\n"
             f"--- a/python/{path}\n+++ b/python/{path}\n@@ -148,7 +148,7 @@\n{hunk}"
         )
-        fixes += (
-            f'[fix-{index}]\nupstream-pr = {index}\ntitle = "made up"\nsymptom = "none"\n'
-            f'test = "tests/regression/made_up.py"\ncode = ["{path}"]\n'
-            f'[fix-{index}.releases]\n"=={VERSION}" = {{ state = "patch" }}\n'
+        (project / "patches" / "fixes" / f"fix-{index}.toml").write_text(
+            f'upstream-pr = {index}\ntitle = "made up"\nsymptom = "none"\ncode = ["{path}"]\n'
         )
     (series / "series").write_text(names)
-    (project / "patches" / "fixes.toml").write_text(fixes)
-    (project / "patches" / "releases.toml").write_text(
-        f'default = "{VERSION}"\n["releases"."{VERSION}"]\ndate = "2026-01-01"\npatchset = 1\n'
-        f'python = ["3.12"]\ntree = "{"0" * 40}"\nruns-with = {{}}\nwheels = {{}}\n'
+    (series / "wheels.sha256").touch()
+    (series / "release.toml").write_text(
+        f'date = "2026-01-01"\npatchset = 1\npython = ["3.12"]\ntree = "{"0" * 40}"\nruns-with = {{}}\n'
     )
+    (project / "patches" / "default").write_text(f"{VERSION}\n")
     others = [f"sglang/srt/package_{index // 100}/module_{index}.py" for index in range(count - number)]
     for tree in (scratch / "mine", scratch / "theirs"):
         (tree / "sglang" / "srt").mkdir(parents=True)

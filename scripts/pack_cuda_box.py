@@ -44,6 +44,7 @@ try:
     from sglang_patchset import catalog
     from sglang_patchset.catalog import Catalog, Release
     from sglang_patchset.errors import PatchsetError
+    from sglang_patchset.proof import cuda
     from sglang_patchset.proof.trees import Trees
 except ImportError as missing:
     print(f"pack_cuda_box.py: {missing}: run `pip install '.[pack]'` in the clone first", file=sys.stderr)
@@ -270,15 +271,12 @@ def parse_pins(file: Path) -> dict[str, str]:
 
 def locked_release(tables: Catalog, name: str, lock: Mapping[str, str]) -> Release:
     """The pinned release of that name, if the lock has what it runs with."""
-    try:
-        release = tables.releases[Version(name)]
-    except (InvalidVersion, KeyError):
-        raise PatchsetError(f"{name}: not a pinned release: choose from {tables.pinned()}") from None
+    release = tables.release(name)
     for package, version in release.runs_with.items():
         if lock.get(package) != version:
             raise PatchsetError(
                 f"{name}: runs with {package} {version}, and {LOCK.name} has {lock.get(package)}: "
-                f"choose {tables.default.version}, whose environment serves the trees of all releases"
+                f"choose {tables.default_version}, whose environment serves the trees of all releases"
             )
     return release
 
@@ -322,7 +320,7 @@ def make_trees(tables: Catalog) -> list[Path]:
     made = []
     for release in tables.releases.values():
         made += [trees.published(release), trees.patched(release)]
-        made += [trees.partly(release, suite.behind) for fix in tables.fixes.values() for suite in fix.cuda]
+    made += [trees.partly(job.release, job.suite.base_has) for job in cuda.jobs(tables)]
     return list(dict.fromkeys(made))
 
 

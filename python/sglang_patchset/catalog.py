@@ -1,18 +1,28 @@
-"""The pinned releases and the fixes, as `patches/releases.toml` and `patches/fixes.toml` list them."""
+"""The pinned releases and the fixes, as `patches/` has them: a table for each, and each release's series.
+
+    patches/default                     the release that verbs take where none is named
+    patches/fixes/<fix>.toml            what a fix is
+    patches/<release>/release.toml      what a release is
+    patches/<release>/wheels.sha256     its wheels, and patched.sha256 those that are made of them
+    patches/<release>/series            its patches, <fix>.patch, in the order in which they apply
+
+A table that is damaged takes what it describes out of the catalogue, and nothing else.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from packaging.specifiers import SpecifierSet
-from packaging.utils import parse_wheel_filename
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.schema import Table, must, pattern
@@ -22,69 +32,68 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_T = TypeVar("_T")
+
 _NAME = re.compile("[a-z0-9]+(-[a-z0-9]+)*")
 # No part is empty, or begins as an option or as what goes up.
 _PATH = re.compile("([A-Za-z0-9_][A-Za-z0-9_.+-]*/)+[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_LISTED = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>[A-Za-z0-9_.+-]+\.whl)")
+# A flag of the server: set, set to a value, or set to more than a number.
+_FLAG = re.compile(r"--[a-z0-9]+(-[a-z0-9]+)*(=[A-Za-z0-9_.:/-]+|>[0-9]+)?")
 
 
-class CellState(Enum):
-    """What a release needs of a fix; an UNPATCHED one has the bug, and nothing is carried for it."""
+class State(Enum):
+    """What a release as published is, where a fix is concerned."""
 
-    PATCH = "patch"
-    UNPATCHED = "unpatched"
+    VULNERABLE = "vulnerable"
+    IN_PART = "in-part"
     UPSTREAM = "upstream"
     NOT_AFFECTED = "not-affected"
+
+    @property
+    def words(self) -> str:
+        """The state as every table, page and report names it."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    State.VULNERABLE: "vulnerable",
+    State.IN_PART: "fixed in part",
+    State.UPSTREAM: "fixed upstream",
+    State.NOT_AFFECTED: "not affected",
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the matrix of fixes and releases."""
+    """One fix in one release: the published release's state, and whether there is a patch.
 
-    state: CellState
+    `note` is of those who have not the fix; `left` is what it leaves open, upstream's or the patch, and
+    since which release.
+    """
+
+    state: State
+    patch: bool = False
     note: str = ""
+    left: str = ""
 
 
 @dataclass(frozen=True)
-class Suite:
-    """A file of regression tests.
+class Exposure:
+    """A server that a bug can reach: of one of these architectures, or any, with all of these flags."""
 
-    `reds` maps version specifiers (PEP 440) to the tests that fail on those releases as published, each with
-    a regular expression for its failure's text. `gpus` is how many GPUs they take. `behind` names fixes
-    without which the bug cannot be reached: they are in the tree that the tests are red on. `own_packages`
-    are version specifiers too, of the releases that the tests can say something of only where the torch and
-    the transformers are those that the release runs with. `not_run` maps those of the releases that the
-    tests do not fit to the reason.
-    """
-
-    test: str
-    reds: Mapping[str, Mapping[str, str]]
-    gpus: int = 0
-    behind: tuple[str, ...] = ()
-    own_packages: tuple[str, ...] = ()
-    not_run: Mapping[str, str] = field(default_factory=dict)
-
-    def needs_own_packages(self, version: Version) -> bool:
-        """Whether the tests take that release's own torch and transformers."""
-        return any(version in SpecifierSet(versions) for versions in self.own_packages)
-
-    def misfit(self, version: Version) -> str:
-        """Why the tests do not fit that release; empty where they do."""
-        reasons = (reason for versions, reason in self.not_run.items() if version in SpecifierSet(versions))
-        return next(reasons, "")
-
-    def reds_of(self, version: Version) -> Mapping[str, str]:
-        """The tests that fail on that release as published, with their signatures."""
-        matching = (tests for versions, tests in self.reds.items() if version in SpecifierSet(versions))
-        return {name: signature for tests in matching for name, signature in tests.items()}
+    architectures: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Fix:
-    """One fix; `cells` is keyed by version specifiers, of which at most one holds a release.
+    """One fix, as `patches/fixes/<fix>.toml` has it.
 
-    `code` names the files without which a release cannot have the bug. `suite` runs without a GPU, and on
-    every release; those of `cuda` on the releases that have reds there. `needs` names earlier fixes on top
-    of which the patch of this one applies; `Catalog.needed` says where.
+    `states`, `notes` and `left` are keyed by version specifiers (PEP 440); a release whose series has the fix
+    is vulnerable where `states` says nothing. `code` names the files without which a release cannot have the
+    bug. `when` says which servers it reaches, `log` has regular expressions of what those or their clients
+    say. `needs` names the fixes without which this one must not be: `Catalog.needed` says where that counts.
     """
 
     name: str
@@ -92,36 +101,49 @@ class Fix:
     title: str
     symptom: str
     code: tuple[str, ...]
-    cells: Mapping[str, Cell]
-    suite: Suite
-    cuda: tuple[Suite, ...] = ()
+    states: Mapping[str, State]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    when: tuple[Exposure, ...] = ()
+    log: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    patched: frozenset[Version] = frozenset()
 
     def cell(self, version: Version) -> Cell | None:
-        """The fix's state in that release; None for a release that nobody has looked at.
+        """The fix in that release; None for a release that nobody has looked at.
 
         A development version or a local build is nobody's release, whatever range it falls into.
         """
         if version.is_prerelease or version.local:
             return None
-        return next(
-            (cell for versions, cell in self.cells.items() if version in SpecifierSet(versions)), None
-        )
+        patch = version in self.patched
+        state = self.state(version) or (State.VULNERABLE if patch else None)
+        if state is None:
+            return None
+        return Cell(state, patch, _at(self.notes, version) or "", self._left(version))
 
-    def ranges(self, pinned: Iterable[Version]) -> list[str]:
-        """The version specifiers of the cells that hold more than a single one of the pinned releases."""
-        single = [SpecifierSet(f"=={version}") for version in pinned]
-        return [versions for versions in self.cells if SpecifierSet(versions) not in single]
+    def state(self, version: Version) -> State | None:
+        """What the fix's own table says of a release."""
+        return _at(self.states, version)
+
+    def _left(self, version: Version) -> str:
+        specifier = next((each for each in self.left if version in _specifier(each)), "")
+        since = [each.version for each in _specifier(specifier) if each.operator in (">=", "==")]
+        return (
+            f"since {since[0].removesuffix('.*')}: {self.left[specifier]}"
+            if since
+            else self.left.get(specifier, "")
+        )
 
 
 @dataclass(frozen=True)
 class Release:
     """A pinned SGLang release.
 
-    `patchset` is the number of the release's patch set, raised with every change to its series. `wheels`
-    maps the published wheels' file names to their sha256, `patched` those that are made of them, and
-    `runs_with` the packages that the release pins to their versions. `tree` is git's id of the files, as
-    `checkout` commits them.
+    `patchset` is the number of the release's patch set, raised with every change to a series that has been
+    published. `wheels` maps the published wheels' file names to their sha256, `patched` those that are made
+    of them, and `runs_with` the packages that the release pins to their versions. `tree` is git's id of the
+    files, as `checkout` commits them. `fixes` are those of the series, in its order.
     """
 
     version: Version
@@ -132,6 +154,7 @@ class Release:
     wheels: Mapping[str, str]
     tree: str
     patched: Mapping[str, str] = field(default_factory=dict)
+    fixes: tuple[str, ...] = ()
 
     @property
     def patched_version(self) -> Version:
@@ -141,16 +164,42 @@ class Release:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Both tables; `root` is the directory that holds them and each release's series."""
+    """All tables; `root` is the directory that holds them.
+
+    `damaged` says of fixes and releases, by their names, why they are not among the others.
+    """
 
     root: Path
-    default: Release
+    default_version: Version
     releases: Mapping[Version, Release]
     fixes: Mapping[str, Fix]
+    damaged: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def default(self) -> Release:
+        """The release that verbs take where none is named.
+
+        Raises:
+            PatchsetError: its table is damaged.
+        """
+        return self.release(str(self.default_version))
 
     def pinned(self) -> str:
         """The pinned versions as a message names them."""
         return ", ".join(map(str, self.releases))
+
+    def release(self, name: str) -> Release:
+        """The pinned release of that version.
+
+        Raises:
+            PatchsetError: there is none.
+        """
+        if name in self.damaged:
+            raise PatchsetError(self.damaged[name])
+        try:
+            return self.releases[Version(name)]
+        except (InvalidVersion, KeyError):
+            raise PatchsetError(f"{name}: not a pinned release: choose from {self.pinned()}") from None
 
     def clone(self) -> Path:
         """The clone of this project that the tables lie in; an installed package has no tests beside them.
@@ -169,8 +218,10 @@ class Catalog:
         """The fix of that name.
 
         Raises:
-            PatchsetError: there is none.
+            PatchsetError: there is none, or its table is damaged.
         """
+        if name in self.damaged:
+            raise PatchsetError(self.damaged[name])
         try:
             return self.fixes[name]
         except KeyError:
@@ -182,8 +233,7 @@ class Catalog:
         It counts where both have a patch.
         """
         names = (name, *self.fixes[name].needs) if name in self.fixes else ()
-        cells = {each: self.fixes[each].cell(version) for each in names}
-        patched = [each for each, cell in cells.items() if cell and cell.state is CellState.PATCH]
+        patched = [each for each in names if each in self.fixes and version in self.fixes[each].patched]
         if name not in patched:
             return frozenset()
         _, *direct = patched
@@ -201,133 +251,140 @@ def is_package_file(path: str) -> bool:
 
 
 def load(root: Path | None = None) -> Catalog:
-    """Read both tables from `root`, by default the patch set that came with this package.
+    """Read all tables under `root`, by default the patch set that came with this package.
 
     Raises:
-        PatchsetError: a table is missing, or says what it cannot say.
+        PatchsetError: there is no patch set; a single table that is damaged is none (`Catalog.damaged`).
     """
     root = root or _patches_dir()
-    with _reading(root / "releases.toml") as text:
-        default, releases = parse_releases(text)
-    with _reading(root / "fixes.toml") as text:
-        table = Table(tomllib.loads(text))
-        fixes: dict[str, Fix] = {}
-        for name in table:
-            fix = _fix(name, table)
-            # None after it: there are no cycles.
-            must(fixes.keys() >= set(fix.needs), f"{name}: needs names what is no fix before it")
-            fixes[name] = fix
-        for suite in (suite for fix in fixes.values() for suite in fix.cuda):
-            must(all(name in fixes for name in suite.behind), "behind names a fix that is not there")
-    return Catalog(root, releases[default], releases, fixes)
+    damaged: dict[str, str] = {}
+    releases: dict[Version, Release] = {}
+    fixes: dict[str, Fix] = {}
+    try:
+        default = Version((root / "default").read_text(encoding="utf-8").strip())
+        directories = sorted(file.parent for file in root.glob("*/release.toml"))
+        tables = sorted((root / "fixes").glob("*.toml"))
+    except (OSError, ValueError) as error:
+        raise PatchsetError(f"{root}: no patch set ({error}): install sglang-patchset again") from None
+    for directory in directories:
+        with _reading(directory.name, directory / "release.toml", damaged):
+            release = read_release(directory)
+            releases[release.version] = release
+    for file in tables:
+        with _reading(file.stem, file, damaged):
+            patched = frozenset(version for version, each in releases.items() if file.stem in each.fixes)
+            fixes[file.stem] = _fix(file, patched)
+    for name in [name for name in fixes if _needs_itself(fixes, name)]:
+        damaged[name] = f"{root / 'fixes' / name}.toml: needs leads back to it: mend it"
+        del fixes[name]
+    return Catalog(root, default, dict(sorted(releases.items())), fixes, damaged)
 
 
-def parse_releases(text: str) -> tuple[Version, dict[Version, Release]]:
-    """The default release and the pinned releases, of the text of `releases.toml`.
+def read_release(directory: Path) -> Release:
+    """The release that a directory of `patches/` is of.
 
     Raises:
-        ValueError: it is none.
+        ValueError, OSError: it is of none.
     """
-    table = Table(tomllib.loads(text))
-    releases = _releases(table.table("releases"))
-    default = Version(table.text("default"))
-    must(default in releases, "default is not one of the releases")
-    return default, releases
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[str]:
-    """A table's text; what is wrong with it is said of the file."""
-    try:
-        yield file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PatchsetError(f"{file}: {error.strerror}: install sglang-patchset again") from None
-    except RecursionError:
-        raise PatchsetError(f"{file}: nested too deeply: mend it, or install sglang-patchset again") from None
-    except ValueError as error:
-        raise PatchsetError(f"{file}: {error}: mend it, or install sglang-patchset again") from None
-
-
-def _fix(name: str, table: Table) -> Fix:
-    must(_NAME.fullmatch(name), f"{name} is no name of a fix")
-    try:
-        entry = table.table(name)
-        must(all(map(is_package_file, entry.texts("code"))), "code names a file outside of sglang/")
-        return Fix(
-            name=name,
-            upstream_pr=entry.number("upstream-pr"),
-            title=entry.text("title"),
-            symptom=entry.text("symptom"),
-            code=entry.texts("code"),
-            cells={
-                versions: Cell(CellState(cell.text("state")), cell.text("note", ""))
-                for versions, cell in entry.by_versions("releases").items()
-            },
-            suite=_suite(entry),
-            cuda=tuple(map(_suite, entry.tables("cuda"))),
-            needs=entry.texts("needs"),
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _suite(entry: Table) -> Suite:
-    test = entry.text("test")
-    must(_PATH.fullmatch(test) and test.startswith("tests/regression/"), "test is not in tests/regression/")
-    reds = {
-        versions: {name: pattern(tests.text(name)) for name in tests}
-        for versions, tests in entry.by_versions("reds", {}).items()
-    }
-    own_packages = entry.texts("own-packages")
-    not_run = entry.table("not-run", {})
-    for versions in (*own_packages, *not_run):
-        SpecifierSet(versions)
-    return Suite(
-        test=test,
-        reds=reds,
-        gpus=entry.number("gpus", 0),
-        behind=entry.texts("behind"),
-        own_packages=own_packages,
-        not_run={versions: not_run.text(versions) for versions in not_run},
+    version = Version(directory.name)
+    entry = Table(tomllib.loads((directory / "release.toml").read_text(encoding="utf-8")))
+    date, tree, pythons = entry.text("date"), entry.text("tree"), entry.texts("python")
+    must(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", date), "date is no date")
+    must(re.fullmatch("[0-9a-f]{40}", tree), "tree is no id of git's")
+    must(all(re.fullmatch("3[.][0-9]+", python) for python in pythons), "python names no Python")
+    runs_with = entry.table("runs-with")
+    patched = directory / "patched.sha256"
+    return Release(
+        version=version,
+        date=date,
+        patchset=entry.number("patchset", 0),
+        python=pythons,
+        runs_with={package: runs_with.text(package) for package in runs_with},
+        wheels=_hashes(directory / "wheels.sha256", f"sglang-{version}-"),
+        tree=tree,
+        patched=_hashes(patched, f"sglang-{version}+patchset.") if patched.exists() else {},
+        fixes=tuple(_fixes_of(directory / "series")),
     )
 
 
-def _releases(table: Table) -> dict[Version, Release]:
-    return {Version(version): _release(Version(version), table.table(version)) for version in table}
+def _fixes_of(series: Path) -> Iterator[str]:
+    for name in series.read_bytes().decode("utf-8").split():
+        fix = name.removesuffix(".patch")
+        must(_NAME.fullmatch(fix) and fix != name, f"{name} in series is no name of a patch file")
+        yield fix
 
 
-def _release(version: Version, entry: Table) -> Release:
+def _hashes(file: Path, prefix: str) -> dict[str, str]:
+    """What a list for `sha256sum --check` says of wheels."""
+    found = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        match = _LISTED.fullmatch(line)
+        must(match and match["name"].startswith(prefix), f"{file.name} lists what is no such wheel")
+        assert match
+        found[match["name"]] = match["sha256"]
+    return found
+
+
+@contextmanager
+def _reading(name: str, file: Path, damaged: dict[str, str]) -> Iterator[None]:
+    """What is wrong with a table is said of what it describes."""
     try:
-        date, tree, pythons = entry.text("date"), entry.text("tree", ""), entry.texts("python")
-        must(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", date), "date is no date")
-        must(re.fullmatch("([0-9a-f]{40})?", tree), "tree is no id of git's")
-        must(all(re.fullmatch("3[.][0-9]+", python) for python in pythons), "python names no Python")
-        runs_with = entry.table("runs-with")
-        return Release(
-            version=version,
-            date=date,
-            patchset=entry.number("patchset", 0),
-            python=pythons,
-            runs_with={package: runs_with.text(package) for package in runs_with},
-            wheels=_wheels(version, entry.table("wheels")),
-            tree=tree,
-            patched=_wheels(version, entry.table("patched", {})),
-        )
-    except ValueError as error:
-        raise ValueError(f"{version}: {error}") from None
+        yield
+    except RecursionError:
+        damaged[name] = f"{file}: nested too deeply: mend it, or install sglang-patchset again"
+    except (OSError, ValueError) as error:
+        damaged[name] = f"{file}: {error}: mend it, or install sglang-patchset again"
 
 
-def _wheels(version: Version, table: Table) -> Mapping[str, str]:
-    """The sha256 of each wheel."""
-    for name in table:
-        must("/" not in name, f"{name} is no wheel of {version}")
-        project, found, _, _ = parse_wheel_filename(name)
-        must((project, published_version(found)) == ("sglang", version), f"{name} is no wheel of {version}")
-        must(re.fullmatch("[0-9a-f]{64}", table.text(name)), f"{name} has no sha256")
-    return {name: table.text(name) for name in table}
+def _needs_itself(fixes: Mapping[str, Fix], name: str) -> bool:
+    seen: set[str] = set()
+    ahead = list(fixes[name].needs)
+    while ahead:
+        each = ahead.pop()
+        if each == name:
+            return True
+        if each in fixes and each not in seen:
+            seen.add(each)
+            ahead += fixes[each].needs
+    return False
+
+
+def _fix(file: Path, patched: frozenset[Version]) -> Fix:
+    must(_NAME.fullmatch(file.stem), f"{file.stem} is no name of a fix")
+    entry = Table(tomllib.loads(file.read_text(encoding="utf-8")))
+    must(all(map(is_package_file, entry.texts("code"))), "code names a file outside of sglang/")
+    states = entry.texts_by_versions("releases")
+    return Fix(
+        name=file.stem,
+        upstream_pr=entry.number("upstream-pr"),
+        title=entry.text("title"),
+        symptom=entry.text("symptom"),
+        code=entry.texts("code"),
+        states={versions: State(states[versions]) for versions in states},
+        notes=entry.texts_by_versions("notes"),
+        left=entry.texts_by_versions("left-open"),
+        when=tuple(map(_exposure, entry.tables("when"))),
+        log=tuple(map(pattern, entry.texts("log"))),
+        needs=entry.texts("needs"),
+        patched=patched,
+    )
+
+
+def _exposure(entry: Table) -> Exposure:
+    flags = entry.texts("flags")
+    must(all(map(_FLAG.fullmatch, flags)), "when has what is no flag, --flag=value or --flag>number")
+    return Exposure(entry.texts("architectures"), flags)
+
+
+def _at(table: Mapping[str, _T], version: Version) -> _T | None:
+    return next((value for versions, value in table.items() if version in _specifier(versions)), None)
+
+
+_specifier = lru_cache(maxsize=None)(SpecifierSet)
 
 
 def _patches_dir() -> Path:
-    """`patches/` lies inside an installed package, and at the top of a checkout that runs in place."""
-    packaged = Path(__file__).parent / "patches"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "patches"
+    package = Path(__file__).parent
+    # A wheel carries the patches inside the package; a checkout has them beside python/.
+    inside = package / "patches"
+    return inside if inside.is_dir() else package.parents[1] / "patches"

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING, NoReturn
 
 from packaging.version import Version
 
-from sglang_patchset import __version__, catalog, releases, repair, status, targets, wheels
+from sglang_patchset import __version__, matrix, releases, repair, status, tables, targets, wheels
+from sglang_patchset import catalog as catalogue
 from sglang_patchset.catalog import Catalog, Fix
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.status import FixState, Report
+from sglang_patchset.status import OPEN, FixState, Report
 from sglang_patchset.targets import Package, Target, Wheel
 
 # What an operator's verbs have no use for is imported by the verb that has: it takes as long as they do.
 if TYPE_CHECKING:
-    from sglang_patchset.proof.verify import Verdict
+    from sglang_patchset.proof.judge import Verdict
 
 _COLOURS = {
     FixState.VULNERABLE: "red",
+    FixState.FIXED_IN_PART: "yellow",
     FixState.PATCHED: "green",
     FixState.FIXED_UPSTREAM: "green",
     FixState.NOT_AFFECTED: "dim",
@@ -38,8 +40,8 @@ _COLOURS = {
 
 _WHEELS = {
     "published": "the published wheel, by its sha256",
-    "patched": "the patched wheel that releases.toml lists, by its sha256",
-    "unlisted": "its sha256 is none that releases.toml lists: not a pinned release's, or packed again",
+    "patched": "the patched wheel that patched.sha256 lists, by its sha256",
+    "unlisted": "its sha256 is none that is listed: not a pinned release's, or packed again",
 }
 
 
@@ -52,17 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0; 1 where `status` finds a vulnerable fix, `verify` a cell that does not hold, or
+        The exit code: 0; 1 where `status` finds a bug that is open, `verify` a cell that does not hold, or
         none that can be run, `rebase` a conflict, or the output cannot be written; 2 where `status` cannot
-        tell, or for a refusal; 130 for Ctrl-C.
+        tell, or finds a rest that no patch repairs, or for a refusal; 130 for Ctrl-C.
     """
     # Written at the end: a failure of the output is none of the verb.
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
-            tables = catalog.load()
-            options = _parser(tables).parse_args(arguments)
-            code: int = options.run(tables, options)
+            found = catalogue.load()
+            options = _parser(found).parse_args(arguments)
+            code: int = options.run(found, options)
     except (PatchsetError, OSError) as error:
         print(f"sglang-patchset: {error}", file=sys.stderr)
         return 2
@@ -93,18 +95,18 @@ def _write(text: str) -> bool:
     return True
 
 
-def _parser(tables: Catalog) -> argparse.ArgumentParser:
+def _parser(catalog: Catalog) -> argparse.ArgumentParser:
     parser = _Parser(prog="sglang-patchset", description="Bug fixes for pinned SGLang releases.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     target = "`installed` (this interpreter's), a directory, or a wheel file (default: installed)"
-    source = f"one of {tables.pinned()}, or its wheel file"
+    source = f"one of {catalog.pinned()}, or its wheel file"
     find_links = "take the wheel from this directory, not from pip's index"
 
     verb = verbs.add_parser("list", help="the matrix of fixes and releases")
     verb.set_defaults(run=_list)
 
-    verb = verbs.add_parser("status", help="what each fix is to a target; exit code 1 where it is vulnerable")
+    verb = verbs.add_parser("status", help="what each fix is to a target; exit code 1 where one is not fixed")
     verb.add_argument("target", nargs="?", default=targets.INSTALLED, metavar="TARGET", help=target)
     verb.add_argument("--json", action="store_true", help="for machines")
     verb.set_defaults(run=_status)
@@ -120,7 +122,7 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
         verb.set_defaults(run=run)
 
     verb = verbs.add_parser("wheel", help="the patched wheel of a release")
-    default = str(tables.default.version)
+    default = str(catalog.default_version)
     verb.add_argument(
         "source", nargs="?", default=default, metavar="RELEASE", help=f"{source} (default: {default})"
     )
@@ -152,7 +154,7 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
     )
     verb.set_defaults(run=_export)
 
-    verb = verbs.add_parser("pin", help="add a release to releases.toml, with an empty series")
+    verb = verbs.add_parser("pin", help="add a release to patches/, with an empty series")
     verb.add_argument("release", metavar="RELEASE", help="its version")
     verb.add_argument("--find-links", type=Path, metavar="DIR", help=find_links)
     verb.set_defaults(run=_pin)
@@ -167,99 +169,105 @@ def _parser(tables: Catalog) -> argparse.ArgumentParser:
     verb.add_argument("fixes", nargs="*", metavar="FIX", help="default: all")
     verb.add_argument(
         "--release",
-        choices=list(map(str, tables.releases)),
+        choices=list(map(str, catalog.releases)),
         metavar="RELEASE",
-        help=f"one of {tables.pinned()} (default: all)",
+        help=f"one of {catalog.pinned()} (default: all)",
     )
     verb.add_argument("--json", action="store_true", help="for machines")
     verb.set_defaults(run=_verify)
     return parser
 
 
-def _list(tables: Catalog, _: argparse.Namespace) -> int:
-    rows = []
-    for fix in tables.fixes.values():
-        pinned = [cell.state.value if (cell := fix.cell(version)) else "?" for version in tables.releases]
-        ranges = [f"{fix.cells[versions].state.value} {versions}" for versions in fix.ranges(tables.releases)]
-        rows.append((fix.name, f"#{fix.upstream_pr}", *pinned, ", ".join(ranges)))
-    _print_table(("fix", "upstream", *map(str, tables.releases), "ranges"), rows)
-    for fix in tables.fixes.values():
-        noted: dict[str, list[str]] = {}
-        for versions, cell in fix.cells.items():
-            if cell.note:
-                noted.setdefault(cell.note, []).append(str(versions).removeprefix("=="))
-        for note, where in noted.items():
-            print(f"{fix.name} {', '.join(where)}: {note}")
-        if fix.needs:
-            print(f"{fix.name} needs {', '.join(fix.needs)}, where both have a patch")
-    _print_gaps(tables.fixes.values(), tables.releases)
+def _list(catalog: Catalog, _: argparse.Namespace) -> int:
+    for fix in catalog.fixes.values():
+        print(f"{fix.name}  #{fix.upstream_pr}")
+        _print_paragraphs([fix.title], 2)
+        rows = [[f"    {state}", places] for state, places in matrix.states(catalog, fix)]
+        for line in tables.table(("", ""), rows)[1:]:
+            print(line)
+        _print_paragraphs(matrix.remarks(catalog, fix))
+    _print_gaps(catalog, catalog.releases)
+    for why in catalog.damaged.values():
+        print(why)
     return 0
 
 
-def _print_gaps(fixes: Iterable[Fix], versions: Iterable[Version]) -> None:
-    for fix, version in product(fixes, versions):
-        if fix.cell(version) is None:
-            print(f"fixes.toml: says nothing of {fix.name} in {version}")
+def _print_paragraphs(texts: Iterable[str], indent: int = 4) -> None:
+    for line in tables.paragraphs(texts, indent):
+        print(line)
 
 
-def _status(tables: Catalog, options: argparse.Namespace) -> int:
-    if options.target in tables.fixes:
+def _print_gaps(catalog: Catalog, versions: Iterable[Version], names: Collection[str] | None = None) -> None:
+    for fix, version in product(catalog.fixes.values(), versions):
+        if fix.cell(version) is None and (names is None or fix.name in names):
+            print(f"patches/fixes/{fix.name}.toml: says nothing of {version}, whose series lacks it")
+
+
+def _status(catalog: Catalog, options: argparse.Namespace) -> int:
+    if options.target in catalog.fixes:
         raise PatchsetError(f"{options.target}: a fix: `status` takes a target alone, and lists every fix")
-    report = status.examine(tables, targets.find(options.target))
+    report = status.examine(catalog, targets.find(options.target))
     if options.json:
         print(json.dumps(_as_json(report), indent=2))
     else:
         _print_report(report)
-    states = {each.state for each in report.fixes.values()}
-    if FixState.VULNERABLE in states:
+    return _exit_code(report)
+
+
+def _exit_code(report: Report) -> int:
+    """1 where something is vulnerable or can be repaired, 2 where something else is not known to be good."""
+    found = report.fixes.values()
+    if any(each.state is FixState.VULNERABLE or (each.state in OPEN and each.patch) for each in found):
         return 1
-    return 2 if FixState.UNKNOWN in states else 0
+    return 2 if any(each.state in (*OPEN, FixState.UNKNOWN) for each in found) else 0
 
 
-def _apply(tables: Catalog, options: argparse.Namespace) -> int:
-    target, names = _target_and_fixes(tables, options.names)
+def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
+    target, names = _target_and_fixes(catalog, options.names)
     if isinstance(target, Wheel):
-        return _print_wheel(tables, wheels.patch(tables, target, target.file.parent))
-    return _print_change(tables, target, "applied", repair.apply(tables, target, names))
+        return _print_wheel(catalog, wheels.patch(catalog, target, target.file.parent))
+    return _print_change(catalog, target, "applied", repair.apply(catalog, target, names))
 
 
-def _revert(tables: Catalog, options: argparse.Namespace) -> int:
-    target, names = _target_and_fixes(tables, options.names)
+def _revert(catalog: Catalog, options: argparse.Namespace) -> int:
+    target, names = _target_and_fixes(catalog, options.names)
     if isinstance(target, Wheel):
-        return _print_wheel(tables, wheels.unpatch(tables, target))
-    return _print_change(tables, target, "took out", repair.revert(tables, target, names))
+        return _print_wheel(catalog, wheels.unpatch(catalog, target))
+    return _print_change(catalog, target, "took out", repair.revert(catalog, target, names))
 
 
-def _wheel(tables: Catalog, options: argparse.Namespace) -> int:
+def _wheel(catalog: Catalog, options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
-        published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
+        published = releases.obtain(catalog, options.source, Path(scratch), options.find_links)
         target = targets.find(str(published))
         assert isinstance(target, Wheel)
-        return _print_wheel(tables, wheels.patch(tables, target, options.out))
+        return _print_wheel(catalog, wheels.patch(catalog, target, options.out))
 
 
-def _checkout(tables: Catalog, options: argparse.Namespace) -> int:
+def _checkout(catalog: Catalog, options: argparse.Namespace) -> int:
     from sglang_patchset.queue import repository
 
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
-        published = releases.obtain(tables, options.source, Path(scratch), options.find_links)
-        repository.checkout(tables, published, options.directory)
+        published = releases.obtain(catalog, options.source, Path(scratch), options.find_links)
+        repository.checkout(catalog, published, options.directory)
     print(f"{options.directory}: on its branch patchset; `git log -p` there shows the fixes")
     return 0
 
 
-def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
+def _rebase(catalog: Catalog, options: argparse.Namespace) -> int:
     from sglang_patchset.queue import rebase
 
-    done = rebase.rebase(tables, options.directory, options.source, options.find_links)
-    rows = [(fix, outcome.value) for fix, outcome, _ in done.fixes]
-    _print_table(("fix", f"on {done.release.version}"), rows)
+    done = rebase.rebase(catalog, options.directory, options.source, options.find_links)
+    for line in tables.table(
+        ("fix", f"on {done.release.version}"), [(fix, fate.value) for fix, fate, _ in done.fixes]
+    ):
+        print(line)
     for fix, _, detail in done.fixes:
         if detail:
             print(f"{fix}: {detail}")
     # What upstream did in other words, git does not see.
-    carried = [tables.fix(fix) for fix, outcome, _ in done.fixes if outcome is not rebase.Outcome.DROPPED]
-    _print_gaps(carried, [done.release.version])
+    carried = {fix for fix, fate, _ in done.fixes if fate is not rebase.Fate.DROPPED}
+    _print_gaps(catalog, [done.release.version], carried)
     if done.done:
         print(f"`sglang-patchset refresh {options.directory}` writes patches/{done.release.version}")
         return 0
@@ -270,79 +278,85 @@ def _rebase(tables: Catalog, options: argparse.Namespace) -> int:
     return 1
 
 
-def _export(tables: Catalog, options: argparse.Namespace) -> int:
+def _export(catalog: Catalog, options: argparse.Namespace) -> int:
     from sglang_patchset.queue import proposal
 
     text = options.text or Path(f"{options.fix}.md")
-    made = proposal.export(tables, options.fix, options.directory, text)
+    made = proposal.export(catalog, options.fix, options.directory, text)
     print(f"{made.branch}: one commit, the patch of {made.release.version} and {made.test}")
     print(f"{text}: the pull request's text")
     print(f"`git -C {options.directory} format-patch -1 {made.branch}` makes the mail; sign off as you do")
     return 0
 
 
-def _pin(tables: Catalog, options: argparse.Namespace) -> int:
+def _pin(catalog: Catalog, options: argparse.Namespace) -> int:
     from sglang_patchset.queue import pins
 
-    release = pins.pin(tables, options.release, options.find_links)
-    done = "already pinned" if release.version in tables.releases else "pinned"
+    release = pins.pin(catalog, options.release, options.find_links)
+    done = "already pinned" if release.version in catalog.releases else "pinned"
     print(f"{release.version}: {done}, {len(release.wheels)} wheels for Python {', '.join(release.python)}")
-    _print_gaps(tables.fixes.values(), [release.version])
+    _print_gaps(catalog, [release.version])
     return 0
 
 
-def _refresh(tables: Catalog, options: argparse.Namespace) -> int:
+def _refresh(catalog: Catalog, options: argparse.Namespace) -> int:
     from sglang_patchset.queue import stack
 
-    done = stack.refresh(tables, options.directory)
-    rows = [(fix, name, change.value) for fix, name, change in done.changes]
-    _print_table(("fix", f"patches/{done.release.version}", ""), rows)
+    done = stack.refresh(catalog, options.directory)
+    rows = [(fix, change.value) for fix, change in done.changes]
+    for line in tables.table(("fix", f"patches/{done.release.version}"), rows):
+        print(line)
     for reminder in done.reminders:
         print(reminder)
     return 0
 
 
-def _report(tables: Catalog, options: argparse.Namespace) -> int:
+def _report(catalog: Catalog, options: argparse.Namespace) -> int:
     from sglang_patchset.proof import report
 
-    report.write(tables, options.out)
+    report.write(catalog, options.out)
     print(options.out)
     return 0
 
 
-def _verify(tables: Catalog, options: argparse.Namespace) -> int:
-    from sglang_patchset.proof import verify
-    from sglang_patchset.proof.verify import Outcome
+def _verify(catalog: Catalog, options: argparse.Namespace) -> int:
+    from sglang_patchset.proof import expected, verify
+    from sglang_patchset.proof.plan import Outcome
 
     colours = {Outcome.RED: "red", Outcome.GREEN: "green", Outcome.NOT_RUN: "yellow"}
-    fixes = [tables.fix(name) for name in options.fixes] or list(tables.fixes.values())
+    fixes = [catalog.fix(name) for name in options.fixes] or list(catalog.fixes.values())
+    suites = [expected.load(catalog, fix) for fix in fixes]
     chosen = [
-        release for version, release in tables.releases.items() if options.release in (None, str(version))
+        release for version, release in catalog.releases.items() if options.release in (None, str(version))
     ]
-    verdicts = verify.run(tables, fixes, chosen, tables.root.parent / ".cache" / "trees")
+    verdicts = verify.run(
+        catalog, suites, chosen, catalog.clone() / ".cache", lambda line: print(line, file=sys.stderr)
+    )
     ran = [verdict for verdict in verdicts if verdict.outcome is not Outcome.NOT_RUN]
     if options.json:
         values = [asdict(verdict) | {"holds": verdict.holds} for verdict in verdicts]
         print(json.dumps(values, indent=2, default=lambda value: value.value))
     else:
-        _print_table(
-            ("release", "tree", "fix", "outcome", "passed", "skipped", "seconds", ""),
+        rows: list[list[tables.Cell]] = [
             [
-                (
-                    each.release,
-                    each.tree.value,
-                    each.fix,
-                    (each.outcome.value, colours.get(each.outcome, "") if each.holds else "bold red"),
-                    str(each.passed),
-                    str(each.skipped),
-                    str(each.seconds),
-                    each.detail or _red_signatures(each),
-                )
-                for each in verdicts
-            ],
-        )
+                each.release,
+                each.tree.value,
+                each.fix,
+                (each.outcome.value, colours.get(each.outcome, "") if each.holds else "bold red"),
+                str(each.passed),
+                str(each.skipped),
+                str(each.seconds),
+            ]
+            for each in verdicts
+        ]
+        header = ("release", "tree", "fix", "outcome", "passed", "skipped", "seconds")
+        first, *lines = tables.table(header, rows)
+        print(first)
+        for line, each in zip(lines, verdicts, strict=True):
+            print(line)
+            _print_paragraphs([each.detail or _red_signatures(each)])
         print(f"{len(ran)} of {len(verdicts)} run, {sum(verdict.holds for verdict in ran)} as they should be")
-        _print_gaps(fixes, [release.version for release in chosen])
+        _print_gaps(catalog, [release.version for release in chosen], {fix.name for fix in fixes})
     return 0 if ran and all(verdict.holds for verdict in verdicts) else 1
 
 
@@ -353,9 +367,9 @@ def _red_signatures(verdict: Verdict) -> str:
     return f"{len(verdict.signatures)} red, as they should be: {next(iter(verdict.signatures.values()))}"
 
 
-def _target_and_fixes(tables: Catalog, names: list[str]) -> tuple[Target, list[str]]:
+def _target_and_fixes(catalog: Catalog, names: list[str]) -> tuple[Target, list[str]]:
     """A first argument that is no fix names the target."""
-    if names and names[0] not in tables.fixes:
+    if names and names[0] not in catalog.fixes:
         target, fixes = targets.find(names[0]), names[1:]
     else:
         target, fixes = targets.find(targets.INSTALLED), names
@@ -375,18 +389,30 @@ def _as_json(report: Report) -> dict[str, object]:
         "wheel": report.wheel,
         "fixes": [
             {
-                "name": each.fix.name,
-                "upstream_pr": each.fix.upstream_pr,
+                "name": each.name,
                 "state": each.state.value,
                 "detail": each.detail,
+                "patch": each.patch,
+                **(_fix_as_json(each.fix) if each.fix else {}),
             }
             for each in report.fixes.values()
         ],
     }
 
 
-def _print_change(tables: Catalog, package: Package, done: str, fixes: list[str]) -> int:
-    _print_report(status.examine(tables, package))
+def _fix_as_json(fix: Fix) -> dict[str, object]:
+    return {
+        "title": fix.title,
+        "upstream_pr": fix.upstream_pr,
+        "symptom": fix.symptom,
+        "when": [asdict(each) for each in fix.when],
+        "log": list(fix.log),
+        "needs": list(fix.needs),
+    }
+
+
+def _print_change(catalog: Catalog, package: Package, done: str, fixes: list[str]) -> int:
+    _print_report(status.examine(catalog, package))
     if fixes:
         print(f"{done} {', '.join(fixes)}: restart the servers that run from {package}")
     else:
@@ -394,8 +420,8 @@ def _print_change(tables: Catalog, package: Package, done: str, fixes: list[str]
     return 0
 
 
-def _print_wheel(tables: Catalog, wheel: Path) -> int:
-    _print_report(status.examine(tables, targets.find(str(wheel))))
+def _print_wheel(catalog: Catalog, wheel: Path) -> int:
+    _print_report(status.examine(catalog, targets.find(str(wheel))))
     print(wheel)
     return 0
 
@@ -404,28 +430,17 @@ def _print_report(report: Report) -> None:
     print(f"SGLang {report.target.version or '(no version)'} in {report.target}")
     if report.wheel:
         print(_WHEELS[report.wheel])
-    _print_table(
-        ("fix", "upstream", "state", ""),
+    rows: list[list[tables.Cell]] = [
         [
-            (each.fix.name, f"#{each.fix.upstream_pr}", (each.state.value, _COLOURS[each.state]), each.detail)
-            for each in report.fixes.values()
-        ],
-    )
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> None:
-    # Not at the top: --json has no use for it, and it takes a while to import.
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*header, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    # A name has to be typed: on a narrow terminal the rest is folded, never that.
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.overflow = "fold"
-    for row in rows:
-        table.add_row(*(Text.assemble(cell) for cell in row))
-    terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
-    # What is read by another program is not folded to the width of a terminal.
-    Console(force_terminal=terminal or None, width=None if terminal else 240).print(table)
+            each.name,
+            f"#{each.fix.upstream_pr}" if each.fix else "",
+            (each.state.value, _COLOURS[each.state]),
+        ]
+        for each in report.fixes.values()
+    ]
+    first, *lines = tables.table(("fix", "upstream", "state"), rows)
+    print(first)
+    for line, each in zip(lines, report.fixes.values(), strict=True):
+        print(line)
+        symptom = each.fix.symptom if each.fix and each.state in OPEN else ""
+        _print_paragraphs([symptom, each.detail])

@@ -6,14 +6,13 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from sglang_patchset.catalog import Catalog, Release, is_package_file
 from sglang_patchset.errors import PatchsetError
 
-_NAME = re.compile(r"[0-9]{4}-(?P<fix>[a-z0-9-]+)\.patch")
 # What stands after `diff --git `: a change of the text of one file that is there before and after.
 _SECTION = re.compile(
     rb"a/python/(?P<path>[\x21-\x7e]+) b/python/(?P=path)\n"
@@ -61,9 +60,14 @@ class Patch:
 
     fix: str
     path: Path
-    sha256: str
     files: Mapping[str, tuple[str, str]]
     needs: frozenset[str] = frozenset()
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for what the patch changes, whatever it is called and says of itself, in hexadecimal."""
+        _, _, change = self.path.read_bytes().partition(b"\ndiff --git ")
+        return hashlib.sha256(change).hexdigest()
 
     def hunks(self, path: str) -> list[Hunk]:
         """The hunks of one file."""
@@ -76,10 +80,11 @@ class Patch:
 
 @dataclass(frozen=True)
 class Series:
-    """A release's patches in the order in which they apply."""
+    """A release's patches in the order in which they apply; `damaged` says why a fix's is not among them."""
 
     release: Release
     patches: tuple[Patch, ...]
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def files(self) -> Mapping[str, tuple[Patch, ...]]:
@@ -104,32 +109,20 @@ class Series:
 
 
 def load(catalog: Catalog, release: Release) -> Series:
-    """Read a release's series.
-
-    Raises:
-        PatchsetError: a patch file is missing, or is not one that this package could have come with.
-    """
-    directory = catalog.root / str(release.version)
-    listed = directory / "series"
-    try:
-        names = listed.read_bytes().decode("utf-8").split()
-    except OSError as error:
-        raise PatchsetError(f"{listed}: {error.strerror}: install sglang-patchset again") from None
-    except UnicodeDecodeError as error:
-        raise PatchsetError(f"{listed}: damaged ({error}): install sglang-patchset again") from None
-    if stranger := next((name for name in names if not _NAME.fullmatch(name)), None):
-        raise PatchsetError(f"{listed}: {stranger} is no name of a patch file: install sglang-patchset again")
-    read = [_read(directory / name) for name in names]
-    if len({patch.fix for patch in read}) < len(read):
-        raise PatchsetError(f"{listed}: lists a fix twice: install sglang-patchset again")
-    return Series(
-        release, tuple(replace(patch, needs=catalog.needed(patch.fix, release.version)) for patch in read)
-    )
+    """Read a release's series; a patch that this package could not have come with is left out of it."""
+    read, damaged = [], {}
+    for fix in release.fixes:
+        try:
+            patch = read_patch(catalog.root / str(release.version) / f"{fix}.patch")
+            read.append(replace(patch, needs=catalog.needed(fix, release.version)))
+        except PatchsetError as error:
+            damaged[fix] = str(error)
+    return Series(release, tuple(read), damaged)
 
 
 def digest(patches: Iterable[Patch]) -> str:
-    """A name for these very patches in this order, in hexadecimal."""
-    return hashlib.sha256("".join(patch.sha256 for patch in patches).encode()).hexdigest()
+    """A name for what these patches change in this order, in hexadecimal."""
+    return hashlib.sha256("".join(patch.digest for patch in patches).encode()).hexdigest()
 
 
 def _hunk(body: bytes) -> Hunk:
@@ -158,8 +151,12 @@ def _hunk(body: bytes) -> Hunk:
     return Hunk(int(match["line"]), before, after, scope, len(above), len(below))
 
 
-def _read(path: Path) -> Patch:
-    name = _NAME.fullmatch(path.name)
+def read_patch(path: Path) -> Patch:
+    """The patch of a fix, `<fix>.patch`.
+
+    Raises:
+        PatchsetError: it is none of files under `sglang/`.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -177,9 +174,9 @@ def _read(path: Path) -> Patch:
         ):
             files[changed] = (match["old"].decode(), match["new"].decode())
     # Where names have no case, two of them may be one file.
-    if name is None or not files or len({file.casefold() for file in files}) < len(sections):
+    if not files or len({file.casefold() for file in files}) < len(sections):
         raise PatchsetError(
             f"{path}: not a patch of files under python/sglang/ with full blob ids: "
             "install sglang-patchset again"
         )
-    return Patch(name["fix"], path, hashlib.sha256(data).hexdigest(), files)
+    return Patch(path.stem, path, files)

@@ -1,25 +1,30 @@
-"""The file inside a patched package that tells what was applied and by which version of this tool."""
+"""The file inside a patched package that lists the files which are patched, as they were left.
+
+It depends on those files alone: not on the tool's version, nor on how fixes are named or patches cut.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sglang_patchset import __version__
-from sglang_patchset.patches import Series
+from packaging.version import Version
+
+from sglang_patchset.git import blob_id
 
 PATH = "sglang/_patchset.json"
-_TOOL = re.compile(r"sglang-patchset [0-9a-z.+]+")
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Who applied what: `fixes` maps each fix to its patch file's sha256."""
+    """The blob id of each patched file that had nobody else's changes in it, by its path in the wheel."""
 
-    tool: str
-    fixes: Mapping[str, str]
+    files: Mapping[str, str]
+
+    def left(self, path: str, content: bytes) -> bool:
+        """Whether a file is as some version of this tool left it, and has nobody else's changes."""
+        return self.files.get(path) == blob_id(content)
 
 
 def parse(data: bytes | None) -> Receipt | None:
@@ -28,26 +33,13 @@ def parse(data: bytes | None) -> Receipt | None:
     A receipt only explains: what is in a tree is told by the tree's own bytes.
     """
     try:
-        entry = json.loads(data or b"")
-        if not _TOOL.fullmatch(entry["tool"]):
-            return None
-        return Receipt(entry["tool"], {name: fix["sha256"] for name, fix in entry["fixes"].items()})
+        files = json.loads(data or b"")["files"]
+        return Receipt({str(path): str(blob) for path, blob in files.items()})
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def render(series: Series, fixes: frozenset[str]) -> bytes | None:
-    """The receipt of a tree that has these fixes; None where it has none. Equal input gives equal bytes."""
-    if not fixes:
-        return None
-    receipt = {
-        "tool": f"sglang-patchset {__version__}",
-        "release": str(series.release.version),
-        "patchset": series.release.patchset,
-        "fixes": {
-            patch.fix: {"patch": patch.path.name, "sha256": patch.sha256}
-            for patch in series.patches
-            if patch.fix in fixes
-        },
-    }
-    return (json.dumps(receipt, indent=2) + "\n").encode()
+def render(version: Version, files: Mapping[str, bytes]) -> bytes:
+    """The receipt of a release whose files are patched so. Equal input gives equal bytes."""
+    blobs = {path: blob_id(content) for path, content in sorted(files.items())}
+    return (json.dumps({"release": str(version), "files": blobs}, indent=2) + "\n").encode()

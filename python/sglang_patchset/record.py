@@ -70,6 +70,10 @@ def _path(line: str) -> str:
     return row[0] if row else ""
 
 
+def digest(data: bytes) -> str:
+    """A file's hash as RECORD has it."""
+    return "sha256=" + urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
 def _entry(data: bytes) -> str:
-    digest = urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-    return f"sha256={digest},{len(data)}"
+    return f"{digest(data)},{len(data)}"

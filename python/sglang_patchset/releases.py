@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 import stat
 import subprocess
@@ -12,23 +13,46 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from packaging.tags import Tag
-from packaging.version import InvalidVersion, Version
-from wheel.wheelfile import WheelError, WheelFile
+from packaging.version import Version
 
+from sglang_patchset import record
 from sglang_patchset.catalog import Catalog, Release
 from sglang_patchset.errors import PatchsetError
 
-# What zipfile and wheel raise over a bad archive: an encrypted member and an unknown compression are a
-# RuntimeError, a malformed RECORD is a ValueError, a missing member a KeyError.
-_DAMAGES = (BadZipFile, WheelError, zlib.error, csv.Error, EOFError, RuntimeError, ValueError, KeyError)
+# What zipfile raises over a bad archive: an encrypted member and an unknown compression are a RuntimeError,
+# a malformed RECORD is a ValueError, a missing member a KeyError.
+_DAMAGES = (BadZipFile, zlib.error, csv.Error, EOFError, RuntimeError, ValueError, KeyError)
 
 # What a wheel may unpack to; SGLang's are below 50 MB.
 _LARGEST = 512 << 20
 
 _UNREACHED = re.compile(r"Could not fetch URL (\S+): (.+?)(?: for url: \S+)? - skipping")
+
+
+class WheelFile(ZipFile):
+    """A wheel that is read; each member is compared with RECORD as it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        name, version, *_ = path.name.split("-")
+        self.dist_info_path = f"{name}-{version}.dist-info"
+        self.record_path = f"{self.dist_info_path}/RECORD"
+        lines = super().open(self.record_path).read().decode("utf-8").splitlines()
+        self._hashes = {path: digest for path, digest, _ in csv.reader(lines)}
+
+    def open(self, name: str | ZipInfo, *_: object, **__: object) -> BinaryIO:
+        """A member's bytes, which are those that RECORD lists."""
+        info = name if isinstance(name, ZipInfo) else self.getinfo(name)
+        with super().open(info) as member:
+            data = member.read()
+        path = info.filename
+        if not info.is_dir() and path != self.record_path and self._hashes.get(path) != record.digest(data):
+            raise BadZipFile(f"Hash mismatch for file '{path}'")
+        return io.BytesIO(data)
 
 
 def obtain(catalog: Catalog, name: str, scratch: Path, find_links: Path | None = None) -> Path:
@@ -43,7 +67,7 @@ def obtain(catalog: Catalog, name: str, scratch: Path, find_links: Path | None =
     """
     wheel = Path(name)
     if wheel.suffix != ".whl":
-        return fetch(_release(catalog, name), scratch, find_links)
+        return fetch(catalog.release(name), scratch, find_links)
     if not wheel.is_file():
         raise PatchsetError(f"{wheel}: no such file: name a wheel, or one of {catalog.pinned()}")
     check(catalog, wheel)
@@ -71,7 +95,7 @@ def check(catalog: Catalog, wheel: Path) -> Release:
 
 
 def listed(catalog: Catalog, wheel: Path) -> str:
-    """Whether `releases.toml` lists a wheel file, by its name and sha256, as "published" or as "patched"."""
+    """Whether a release lists a wheel file, by its name and sha256, as "published" or as "patched"."""
     found = sha256(wheel)
     for release in catalog.releases.values():
         for kind, wheels in (("published", release.wheels), ("patched", release.patched)):
@@ -139,15 +163,6 @@ def _check_sha256(wheel: Path, release: Release) -> None:
         raise PatchsetError(
             f"{wheel}: its sha256 is {found}, the published wheel's is {expected}: download it again"
         )
-
-
-def _release(catalog: Catalog, name: str) -> Release:
-    try:
-        return catalog.releases[Version(name)]
-    except (InvalidVersion, KeyError):
-        raise PatchsetError(
-            f"{name}: not a pinned release: choose from {catalog.pinned()}, or name a wheel file"
-        ) from None
 
 
 def _download(release: Release, scratch: Path, find_links: Path | None, tag: Tag | None) -> Path:

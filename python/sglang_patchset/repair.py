@@ -9,8 +9,8 @@ from sglang_patchset import receipt, record, status, survey, transaction
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.record import Change
-from sglang_patchset.status import FixState, Report
-from sglang_patchset.survey import Presence, Survey
+from sglang_patchset.status import OPEN, FixState, FixStatus, Report
+from sglang_patchset.survey import Survey
 from sglang_patchset.targets import Package
 
 
@@ -40,19 +40,22 @@ def select(
         PatchsetError: an unknown fix, a release that is not pinned, a fix whose state is unknown, or one
             that needs another.
     """
-    chosen = [report.fixes[catalog.fix(name).name] for name in names] or list(report.fixes.values())
+    chosen = [report.fixes[catalog.fix(name).name] for name in names]
+    # What is out of the catalogue, or of the series, is in nobody's way.
+    chosen = chosen or [each for each in report.fixes.values() if not _is_damaged(report, each)]
     if report.survey is None:
         found = f"SGLang {report.target.version}" if report.target.version else "no version"
         raise PatchsetError(
             f"{report.target}: {found}, not a pinned release ({catalog.pinned()}): "
             "see `sglang-patchset status`"
         )
-    if unknown := [f"{each.fix.name}: {each.detail}" for each in chosen if each.state is FixState.UNKNOWN]:
+    if unknown := [f"{each.name}: {each.detail}" for each in chosen if each.state is FixState.UNKNOWN]:
         raise PatchsetError(
             f"{report.target}: {'; '.join(unknown)}: put these files back as the release has them, "
             "or name the other fixes alone"
         )
-    fixes = [each.fix.name for each in chosen if each.state is state]
+    wanted = OPEN if state is FixState.VULNERABLE else (state,)
+    fixes = [each.name for each in chosen if each.state in wanted]
     release = report.survey.series.release
     if unpatched := [name for name in fixes if report.survey.series.patch(name) is None]:
         if names:
@@ -66,6 +69,10 @@ def select(
     else:
         _check_needed(report, report.survey, fixes)
     return report.survey, fixes
+
+
+def _is_damaged(report: Report, each: FixStatus) -> bool:
+    return each.fix is None or (report.survey is not None and each.name in report.survey.series.damaged)
 
 
 def _check_needs(report: Report, found: Survey, fixes: Sequence[str]) -> None:
@@ -95,6 +102,23 @@ def contents(
     return survey.rewrite(found, {path: (found.files[path].applied | add) - remove for path in sorted(paths)})
 
 
+def changed(
+    found: Survey, *, add: Set[str] = frozenset(), remove: Set[str] = frozenset()
+) -> dict[str, bytes | None]:
+    """`contents`, and the receipt; None stands for no file."""
+    new = contents(found, add=add, remove=remove)
+    patched: dict[str, bytes] = {}
+    applied = False
+    for path, touching in found.series.files.items():
+        state = found.files[path]
+        fixes = {patch.fix for patch in touching if patch.fix in (state.applied | add) - remove}
+        applied |= bool(fixes)
+        if fixes and not state.foreign and not state.problem:
+            patched[path] = new.get(path, state.content)
+    written = receipt.render(found.series.release.version, patched) if applied else None
+    return {**new, receipt.PATH: written}
+
+
 def _change(catalog: Catalog, package: Package, names: Sequence[str], state: FixState) -> list[str]:
     with transaction.locked(package.directory):
         transaction.complete(package.directory)
@@ -106,21 +130,11 @@ def _change(catalog: Catalog, package: Package, names: Sequence[str], state: Fix
 
 def _changes(package: Package, found: Survey, fixes: frozenset[str], state: FixState) -> dict[Path, Change]:
     """Every file that changes, the receipt and RECORD included."""
-    present = frozenset(
-        patch.fix for patch in found.series.patches if found.presence(patch)[0] is Presence.IN
-    )
-    changed: dict[str, bytes | None]
-    if state is FixState.VULNERABLE:
-        changed = {**contents(found, add=fixes), receipt.PATH: receipt.render(found.series, present | fixes)}
-    else:
-        changed = {
-            **contents(found, remove=fixes),
-            receipt.PATH: receipt.render(found.series, present - fixes),
-        }
+    new = changed(found, add=fixes) if state is FixState.VULNERABLE else changed(found, remove=fixes)
     # What a touched file was is what the new bytes were made of, whatever has happened to it since.
     before: dict[str, bytes | None] = {path: each.content for path, each in found.files.items()}
     before[receipt.PATH] = package.read(receipt.PATH)
-    lines = {path: (before[path], new) for path, new in changed.items()}
+    lines = {path: (before[path], content) for path, content in new.items()}
     changes = {package.path(path): change for path, change in lines.items()}
     if path := package.record():
         old = path.read_bytes()

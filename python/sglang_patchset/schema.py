@@ -42,12 +42,21 @@ class Table:
         must(all(isinstance(value, dict) for value in values), f"{key} is no list of tables")
         return tuple(map(Table, values))
 
-    def by_versions(self, key: str, default: Mapping[str, Any] | None = None) -> Mapping[str, Table]:
+    def by_versions(self, key: str) -> Mapping[str, Table]:
         """A table of tables whose keys are version specifiers (PEP 440)."""
-        table = self.table(key, default)
+        table = self._by_versions(key)
+        return {versions: table.table(versions) for versions in table}
+
+    def texts_by_versions(self, key: str) -> Mapping[str, str]:
+        """A table of texts whose keys are version specifiers (PEP 440)."""
+        table = self._by_versions(key)
+        return {versions: table.text(versions) for versions in table}
+
+    def _by_versions(self, key: str) -> Table:
+        table = self.table(key, {})
         for versions in table:
             SpecifierSet(versions)
-        return {versions: table.table(versions) for versions in table}
+        return table
 
     def _get(self, key: str, kind: type, default: Any) -> Any:
         value = self.values.get(key, default)

@@ -9,36 +9,45 @@ from enum import Enum
 from packaging.version import Version
 
 from sglang_patchset import git, patches, receipt, releases, survey, transaction
-from sglang_patchset.catalog import Catalog, CellState, Fix, Release, published_version
+from sglang_patchset.catalog import Catalog, Cell, Fix, Release, State, published_version
 from sglang_patchset.receipt import Receipt
 from sglang_patchset.survey import Presence, Survey
 from sglang_patchset.targets import Package, Reader, Target
 
 
 class FixState(Enum):
-    """What a fix is to a target."""
+    """What a fix is to a target; the first two are not fixed."""
 
     VULNERABLE = "vulnerable"
+    FIXED_IN_PART = "fixed in part"
     PATCHED = "patched"
     FIXED_UPSTREAM = "fixed upstream"
     NOT_AFFECTED = "not affected"
     UNKNOWN = "unknown"
 
 
+OPEN = (FixState.VULNERABLE, FixState.FIXED_IN_PART)
+
+
 @dataclass(frozen=True)
 class FixStatus:
-    """One fix's state, with the reason or a remark."""
+    """One fix's state, with the reason or a remark; `fix` is None where its table is damaged.
 
-    fix: Fix
+    `patch` says whether the target's release has one.
+    """
+
+    name: str
     state: FixState
     detail: str = ""
+    fix: Fix | None = None
+    patch: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
     """Every fix's state in a target, by the fix's name; `survey` is there where it is a pinned release.
 
-    `wheel` says of a wheel file how `releases.toml` lists it: published, patched, or unlisted.
+    `wheel` says of a wheel file how its release lists it: published, patched, or unlisted.
     """
 
     target: Target
@@ -55,14 +64,10 @@ class Report:
 # Another run may replace the files one by one while they are looked at: then they are looked at again.
 _TRIES = 5
 _FROM_TABLE = {
-    CellState.UNPATCHED: FixState.VULNERABLE,
-    CellState.UPSTREAM: FixState.FIXED_UPSTREAM,
-    CellState.NOT_AFFECTED: FixState.NOT_AFFECTED,
-}
-_FROM_TREE = {
-    Presence.IN: FixState.PATCHED,
-    Presence.OUT: FixState.VULNERABLE,
-    Presence.UNKNOWN: FixState.UNKNOWN,
+    State.VULNERABLE: FixState.VULNERABLE,
+    State.IN_PART: FixState.FIXED_IN_PART,
+    State.UPSTREAM: FixState.FIXED_UPSTREAM,
+    State.NOT_AFFECTED: FixState.NOT_AFFECTED,
 }
 
 
@@ -79,8 +84,8 @@ def examine(catalog: Catalog, target: Target) -> Report:
         before = transaction.stamp(target.directory)
         if before is None:
             reason = "another run is at work or was interrupted: apply or revert again"
-            statuses = [FixStatus(fix, FixState.UNKNOWN, reason) for fix in catalog.fixes.values()]
-            return _report(target, None, statuses)
+            statuses = [_unknown(fix, reason) for fix in catalog.fixes.values()]
+            return _report(catalog, target, None, statuses)
         report = _examine(catalog, target)
         if transaction.stamp(target.directory) == before:
             break
@@ -92,14 +97,26 @@ def _examine(catalog: Catalog, target: Target) -> Report:
     with target.reader() as read:
         found = _survey(catalog, target, read)
         if found is None:
-            return _report(target, None, [_by_version(catalog, fix, target.version, read) for fix in fixes])
+            return _report(
+                catalog, target, None, [_by_version(catalog, fix, target.version, read) for fix in fixes]
+            )
         applied = receipt.parse(read(receipt.PATH))
         statuses = [_by_bytes(catalog, fix, found, applied, read) for fix in fixes]
-    return _report(target, found, statuses)
+    return _report(catalog, target, found, statuses)
 
 
-def _report(target: Target, found: Survey | None, statuses: Sequence[FixStatus]) -> Report:
-    return Report(target, found, {status.fix.name: status for status in statuses})
+def _report(catalog: Catalog, target: Target, found: Survey | None, statuses: Sequence[FixStatus]) -> Report:
+    # Of a release whose table is damaged, no more is known than of any other.
+    out = [
+        FixStatus(name, FixState.UNKNOWN, why)
+        for name, why in catalog.damaged.items()
+        if (catalog.root / "fixes" / f"{name}.toml").exists()
+    ]
+    return Report(target, found, {status.name: status for status in (*statuses, *out)})
+
+
+def _unknown(fix: Fix, reason: str) -> FixStatus:
+    return FixStatus(fix.name, FixState.UNKNOWN, reason, fix)
 
 
 def _survey(catalog: Catalog, target: Target, read: Reader) -> Survey | None:
@@ -119,43 +136,56 @@ def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None
     release = found.series.release.version
     cell = fix.cell(release)
     if cell is None:
-        return FixStatus(fix, FixState.UNKNOWN, f"fixes.toml says nothing of it in {release}")
-    if cell.state is CellState.UPSTREAM and (reason := _contradiction(catalog, fix, read)):
-        return FixStatus(fix, FixState.UNKNOWN, f"SGLang {release} has it, but {reason}")
-    if cell.state is not CellState.PATCH:
-        return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
+        return _unknown(fix, f"nothing is known of it in {release}")
+    if not cell.patch:
+        if cell.state in _FIXED and (reason := _contradiction(catalog, fix, read)):
+            return _unknown(fix, f"SGLang {release} has it, but {reason}")
+        return FixStatus(fix.name, _FROM_TABLE[cell.state], _remark(cell), fix)
     patch = found.series.patch(fix.name)
     if patch is None:
-        return FixStatus(fix, FixState.UNKNOWN, f"the series of {release} has no patch for it")
+        return _unknown(fix, found.series.damaged[fix.name])
     presence, reason = found.presence(patch)
     foreign = [path for path in found.foreign() if path in patch.files]
     # Among other changes, a patch that has more than ours cannot be told from them.
-    unsure = presence is Presence.UNKNOWN or foreign
-    if unsure and applied and applied.fixes.get(fix.name, patch.sha256) != patch.sha256:
-        reason = f"applied by {applied.tool} from another patch: revert it with that version"
-        return FixStatus(fix, FixState.UNKNOWN, reason)
-    # What the patch leaves open is of those who have it, every other note of those who have not.
-    remark = cell.note if presence is not Presence.IN or cell.note.startswith("left open: ") else ""
-    notes = [reason or remark]
-    if foreign and presence is not Presence.UNKNOWN:
+    if applied and (theirs := [path for path in foreign if applied.left(path, found.files[path].content)]):
+        reason = f"{', '.join(theirs)} as another version of this tool left it: revert it with that version"
+        return _unknown(fix, reason)
+    if presence is Presence.UNKNOWN:
+        return _unknown(fix, reason)
+    is_in = presence is Presence.IN
+    notes = [_remark(cell, is_in)]
+    if foreign:
         notes.append(f"other changes too in {', '.join(foreign)}")
-    return FixStatus(fix, _FROM_TREE[presence], "; ".join(filter(None, notes)))
+    state = FixState.PATCHED if is_in else _FROM_TABLE[cell.state]
+    return FixStatus(fix.name, state, "; ".join(filter(None, notes)), fix, patch=True)
+
+
+# What says that upstream's code is there.
+_FIXED = (State.UPSTREAM, State.IN_PART)
+
+
+def _remark(cell: Cell, is_in: bool = False) -> str:
+    """The note, and what is open: before the patch, what upstream left; with it, what that leaves."""
+    left = cell.left if (cell.patch and is_in == (cell.state is State.VULNERABLE)) or not cell.patch else ""
+    return "; ".join(filter(None, (left and f"left open {left}", cell.note)))
 
 
 def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reader) -> FixStatus:
     if version is None:
-        return FixStatus(fix, FixState.UNKNOWN, "no version, and the files are not those of a pinned release")
+        return _unknown(fix, "no version, and the files are not those of a pinned release")
+    if why := catalog.damaged.get(str(version)):
+        return _unknown(fix, why)
     if cell := fix.cell(version):
-        if cell.state is not CellState.UNPATCHED and (reason := _contradiction(catalog, fix, read)):
-            return FixStatus(fix, FixState.UNKNOWN, f"the version says {version}, but {reason}")
-        return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
+        if cell.state is not State.VULNERABLE and (reason := _contradiction(catalog, fix, read)):
+            return _unknown(fix, f"the version says {version}, but {reason}")
+        return FixStatus(fix.name, _FROM_TABLE[cell.state], _remark(cell), fix)
     if version.is_prerelease or version.local:
         reason = f"SGLang {version} is no release, and the files are not those of a pinned one"
     elif version < min(catalog.releases):
         reason = f"SGLang {version} is older than the releases that were looked at"
     else:
         reason = f"SGLang {version} is none of the releases that were looked at: update sglang-patchset"
-    return FixStatus(fix, FixState.UNKNOWN, reason)
+    return _unknown(fix, reason)
 
 
 def _contradiction(catalog: Catalog, fix: Fix, read: Reader) -> str:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from packaging.version import Version
-from wheel.wheelfile import WheelFile
 
 from sglang_patchset import archive, receipt, record, releases, repair, status, transaction
 from sglang_patchset.archive import Member
 from sglang_patchset.catalog import Catalog, published_version
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.releases import WheelFile
 from sglang_patchset.status import FixState
 from sglang_patchset.targets import Wheel
 
@@ -43,10 +43,7 @@ def patch(catalog: Catalog, wheel: Wheel, out: Path) -> Path:
     if not release.patchset:
         raise PatchsetError(f"{wheel}: SGLang {release.version} has no patch set: see `sglang-patchset list`")
     found, fixes = repair.select(catalog, status.examine(catalog, wheel), (), FixState.VULNERABLE)
-    changed: dict[str, bytes | None] = {
-        **repair.contents(found, add=frozenset(fixes)),
-        receipt.PATH: receipt.render(found.series, frozenset(fixes)),
-    }
+    changed = repair.changed(found, add=frozenset(fixes))
     return _rewrite(wheel, found.series.release.patched_version, changed, out)
 
 
@@ -72,7 +69,7 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
     # Where it lies there as published already, it stays the very file.
     if published.exists() and releases.listed(catalog, published) == "published":
         return published
-    changed: dict[str, bytes | None] = {**repair.contents(found, remove=frozenset(fixes)), receipt.PATH: None}
+    changed = repair.changed(found, remove=frozenset(fixes))
     if not published.exists():
         return _rewrite(wheel, version, changed, wheel.file.parent)
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,11 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sglang_patchset.catalog import Catalog, CellState, Fix, Release, Suite
+from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.proof import expected, judge
+from sglang_patchset.proof.judge import Verdict
+from sglang_patchset.proof.plan import Job, Outcome, Tree
+from sglang_patchset.proof.results import Run
+from sglang_patchset.proof.runner import IMPORTING, Runner
 from sglang_patchset.proof.trees import Trees
-from sglang_patchset.proof.verify import IMPORTING, Cell, Outcome, Runner, Tree, Verdict
+from sglang_patchset.proof.verify import completed
 
 # What a test with its servers wants to itself: less makes it slow, or fail for want of memory.
 _CORES = 2
@@ -68,19 +75,22 @@ class Machine:
     versions: Mapping[str, str]
     cold: bool = False
 
+    @property
+    def name(self) -> str:
+        """How a result's file names it."""
+        count = f"{len(self.gpus)}x" if len(self.gpus) > 1 else ""
+        return count + re.sub(r"[^A-Za-z0-9]+", "-", self.gpu.removeprefix("NVIDIA "))
 
-@dataclass(frozen=True)
-class Pair:
-    """One suite on the two trees of one release."""
-
-    release: Release
-    fix: Fix
-    suite: Suite
-
-    def cells(self) -> Iterator[Cell]:
-        """The published tree has to be red, the patched one green."""
-        yield Cell(self.release, self.fix, self.suite, Tree.PUBLISHED, Outcome.RED)
-        yield Cell(self.release, self.fix, self.suite, Tree.PATCHED, Outcome.GREEN)
+    def header(self) -> dict[str, Any]:
+        """What a result says of it; `seed` is the one that the tests make weights and prompts from."""
+        return {
+            "gpu": self.gpu,
+            "gpus": len(self.gpus),
+            "driver": self.driver,
+            "versions": dict(self.versions),
+            "cold": self.cold,
+            "seed": int(os.environ.get("REGRESSION_SEED", "0")),
+        }
 
 
 def machine() -> Machine:
@@ -110,62 +120,76 @@ def machine() -> Machine:
     return Machine(name, tuple(gpus[: len(found["gpus"])]), memory, driver, found["versions"], cold)
 
 
-def pairs(catalog: Catalog) -> list[Pair]:
-    """What there is to run: each suite on the patched releases that it has reds on."""
+def jobs(catalog: Catalog) -> list[Job]:
+    """What there is to run: each suite on both trees of the patched releases that it has reds on."""
     return [
-        Pair(release, fix, suite)
-        for fix in catalog.fixes.values()
-        for suite in fix.cuda
+        Job(release, each.fix, suite, tree, Outcome.RED if tree is Tree.PUBLISHED else Outcome.GREEN)
+        for each in expected.load_all(catalog)
+        for suite in each.cuda
         for release in catalog.releases.values()
-        if suite.reds_of(release.version)
-        and (cell := fix.cell(release.version))
-        and cell.state is CellState.PATCH
+        if suite.reds_of(release.version) and release.version in each.fix.patched
+        for tree in Tree
     ]
 
 
 def run(
-    catalog: Catalog, chosen: Sequence[Pair], box: Machine, cache: Path, report: Callable[[str], None]
-) -> list[Verdict]:
-    """Run these suites on both trees, several at a time; not those that need more GPUs than there are.
+    catalog: Catalog, chosen: Sequence[Job], box: Machine, cache: Path, report: Callable[[str], None]
+) -> tuple[Path, list[Verdict]]:
+    """Run these, several at a time; not those that need more GPUs than there are.
+
+    What comes out is written to `results/` of the clone as it comes; a run that was cut is gone on with.
 
     Args:
         cache: a directory for the unpacked releases and the tests' output, kept for the next run.
         report: is told in a line what has come out, as it does.
 
+    Returns:
+        The file in `results/`, and the verdicts.
+
     Raises:
         PatchsetError: a release cannot be got.
     """
-    shelf = Trees(catalog, cache / "trees")
+    trees = Trees(catalog, cache / "trees")
     slots = _Slots(box)
     begin = time.monotonic()
+    record = Run.start(catalog, catalog.clone() / "results", f"gpu-{box.name}", box.header())
 
-    def verify(cell: Cell, tree: Path) -> list[Verdict]:
-        with slots.taken(cell.suite.gpus) as gpus:
-            environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-            (verdict,) = runner.verify(tree, [cell], environment)
+    def told(verdict: Verdict, how: str) -> Verdict:
         words = verdict.detail or next(iter(verdict.signatures.values()), "")
         report(
-            f"[{time.monotonic() - begin:4.0f} s] {verdict.release} {Path(verdict.test).stem} "
+            f"[{how}] {verdict.release} {Path(verdict.test).stem} "
             f"{verdict.tree.value}: {verdict.outcome.value}{f' ({words})' if words else ''}"
         )
-        return [verdict]
+        return verdict
 
-    cells = [cell for pair in chosen if pair.suite.gpus <= len(box.gpus) for cell in pair.cells()]
-    # Those with the most tests take longest.
-    cells.sort(key=lambda cell: -len(cell.suite.reds_of(cell.release.version)))
-    trees = [_tree(shelf, cell) for cell in cells]
-    with (
-        Runner(catalog.root.parent, cache / "gpu-logs") as runner,
-        ThreadPoolExecutor(len(cells) or 1) as pool,
-    ):
-        results = [pool.submit(verify, cell, tree) for cell, tree in zip(cells, trees, strict=True)]
-        return runner.wait(pool, results)
+    def verify(job: Job, tree: Path) -> list[Verdict]:
+        with slots.taken(job.suite.gpus) as gpus:
+            environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+            log = f"{job.release.version}-{Path(job.suite.test).stem}-{job.tree.value}"
+            cases, output = runner.run(tree, [job.suite.test], log, environment)
+        verdict = judge.judge(job, cases.get(job.suite.test, {}), output)
+        record.add([(job, verdict)])
+        return [told(verdict, f"{time.monotonic() - begin:4.0f} s")]
+
+    wanted = [job for job in chosen if job.suite.gpus <= len(box.gpus)]
+    verdicts = [told(verdict, "before") for job in wanted if (verdict := record.found(job))]
+    missing = [job for job in wanted if not record.found(job)]
+    # Those with the most GPUs, then those with the most tests take longest.
+    missing.sort(key=lambda job: (-job.suite.gpus, -len(job.suite.reds_of(job.release.version))))
+    places = [_tree(trees, job) for job in missing]
+    with Runner(catalog.clone(), cache / "gpu-logs") as runner, ThreadPoolExecutor(len(missing) or 1) as pool:
+        futures = [pool.submit(verify, job, tree) for job, tree in zip(missing, places, strict=True)]
+        for future in completed(pool, runner, futures):
+            verdicts += future.result()
+    # One that was gone on with tells nothing of how long it takes.
+    record.finish(0 if len(missing) < len(wanted) else time.monotonic() - begin)
+    return record.path, verdicts
 
 
-def _tree(shelf: Trees, cell: Cell) -> Path:
-    if cell.tree is Tree.PATCHED:
-        return shelf.patched(cell.release)
-    return shelf.partly(cell.release, cell.suite.behind)
+def _tree(trees: Trees, job: Job) -> Path:
+    if job.tree is Tree.PATCHED:
+        return trees.patched(job.release)
+    return trees.partly(job.release, job.suite.base_has)
 
 
 class _Slots:

@@ -11,17 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sglang_patchset.catalog import Catalog, CellState
+from sglang_patchset.catalog import Catalog
 from sglang_patchset.proof import benchmarks, figures, plots, results
 from sglang_patchset.proof.figures import OVERHEAD, REUSE, TESTS, TOOL
 from sglang_patchset.proof.plots import Line, Range, number
 from sglang_patchset.proof.results import Seen
-
-_STATES = {
-    CellState.UNPATCHED: "vulnerable, no patch",
-    CellState.UPSTREAM: "fixed upstream",
-    CellState.NOT_AFFECTED: "not affected",
-}
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --dim: #5b636d; --rule: #d9dee3;
@@ -125,14 +119,14 @@ def _matrix(catalog: Catalog, seen: Iterable[Seen]) -> Iterator[str]:
             cell = fix.cell(version)
             if cell is None:
                 text = "?"
-            elif cell.state is not CellState.PATCH:
-                text = f'<span class="dim">{_STATES[cell.state]}</span>'
+            elif not cell.patch:
+                text = f'<span class="dim">{cell.state.words}</span>'
             elif found := outcomes.get((fix.name, str(version))):
                 text = ", ".join(f"{_outcome(one)} → {_outcome(other)}" for one, other in sorted(found))
             else:
                 text = 'patch <span class="dim">(not seen on a GPU)</span>'
-            if cell and cell.note:
-                text += f"&nbsp;<sup>{notes.setdefault((fix.name, cell.note), len(notes) + 1)}</sup>"
+            for note in filter(None, (cell.note, cell.left) if cell else ()):
+                text += f"&nbsp;<sup>{notes.setdefault((fix.name, note), len(notes) + 1)}</sup>"
             row.append(text)
         rows.append(row)
     yield "<h2>Fixes and releases</h2>"

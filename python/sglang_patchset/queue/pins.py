@@ -1,4 +1,4 @@
-"""A release in `releases.toml`: what the package index has of it, added to the table."""
+"""A release in `patches/`: what the package index has of it, and the wheels that are made of that."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from packaging.version import InvalidVersion, Version
 
 from sglang_patchset import releases, wheels
-from sglang_patchset.catalog import Catalog, Release, parse_releases
+from sglang_patchset.catalog import Catalog, Release, read_release
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.queue import repository
 from sglang_patchset.targets import Wheel
 
 # What decides whether a release's patch can matter, or its tests can run.
 _RUNS_WITH = ("torch", "transformers", "torchao", "sglang-kernel", "flashinfer-python")
-_HEADER = re.compile(r'^\[releases\."(?P<version>[^"]+)"\]$')
 
 
 def pin(catalog: Catalog, name: str, find_links: Path | None = None) -> Release:
-    """Add a release to `releases.toml`, with an empty series.
+    """Add a release to `patches/`, with an empty series.
 
     Args:
         find_links: a directory of wheels to use in place of the package index.
@@ -44,25 +43,26 @@ def pin(catalog: Catalog, name: str, find_links: Path | None = None) -> Release:
     if pinned := catalog.releases.get(version):
         _compare(pinned, release)
         return pinned
-    table = catalog.root / "releases.toml"
-    text = _inserted(table.read_text(encoding="utf-8"), release)
-    _check_table(catalog, text, release)
-    series = catalog.root / str(version) / "series"
-    series.parent.mkdir(exist_ok=True)
-    series.touch()
-    _replace(table, text)
+    directory = catalog.root / str(version)
+    with tempfile.TemporaryDirectory(dir=catalog.root, prefix=".patchset-") as scratch:
+        draft = Path(scratch, str(version))
+        draft.mkdir()
+        (draft / "release.toml").write_text(_table(release), encoding="utf-8")
+        (draft / "wheels.sha256").write_text(_hashes(release.wheels), encoding="utf-8")
+        (draft / "series").touch()
+        # What was written is read before it counts.
+        read_release(draft)
+        os.rename(draft, directory)
     return release
 
 
 def list_patched(catalog: Catalog, find_links: Path | None = None) -> None:
-    """Write into `releases.toml` what each patched wheel's sha256 is, by making all of them.
+    """Write into each release's `patched.sha256` what its patched wheels are, by making all of them.
 
     Raises:
         PatchsetError: a published wheel cannot be got.
     """
     catalog.clone()
-    table = catalog.root / "releases.toml"
-    text = table.read_text(encoding="utf-8")
     for release in catalog.releases.values():
         patched = {}
         for name in release.wheels if release.patchset else ():
@@ -71,29 +71,9 @@ def list_patched(catalog: Catalog, find_links: Path | None = None) -> None:
                 wheel = releases.fetch(release, Path(scratch), find_links, min(tags, key=str))
                 made = wheels.patch(catalog, Wheel(wheel, release.version), Path(scratch, "out"))
                 patched[made.name] = releases.sha256(made)
-        text = _with_patched(text, replace(release, patched=patched))
-    _replace(table, text)
-
-
-def _with_patched(text: str, release: Release) -> str:
-    """The table with the release's patched wheels after its published ones."""
-    header = re.escape(f'[releases."{release.version}".')
-    text = re.sub(rf'\n{header}patched\]\n(".*\n)*', "", text)
-    if not release.patched:
-        return text
-    entry = f'\n[releases."{release.version}".patched]\n{_hashes(release.patched)}'
-    text = re.sub(rf'({header}wheels\]\n(?:".*\n)+)', lambda match: match[1] + entry, text)
-    if parse_releases(text)[1][release.version] != release:
-        raise PatchsetError(
-            "releases.toml: not in the form that patched wheels can be added to: write it again"
-        )
-    return text
-
-
-def _replace(table: Path, text: str) -> None:
-    draft = table.with_name(".releases.toml.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, table)
+        if patched:
+            place = catalog.root / str(release.version) / "patched.sha256"
+            place.write_text(_hashes(patched), encoding="utf-8")
 
 
 def _look(version: Version, scratch: Path, find_links: Path | None) -> Release:
@@ -155,51 +135,25 @@ def _compare(pinned: Release, found: Release) -> None:
     for name, digest in found.wheels.items():
         if pinned.wheels.get(name) != digest:
             raise PatchsetError(
-                f"{name}: pip's index has it with the sha256 {digest}, releases.toml says "
+                f"{name}: pip's index has it with the sha256 {digest}, wheels.sha256 says "
                 f"{pinned.wheels.get(name, 'nothing of it')}: find out which is SGLang's"
             )
     if (pinned.tree, pinned.runs_with) != (found.tree, found.runs_with):
         raise PatchsetError(
-            f"releases.toml: {pinned.version} has other files, or runs with others, than its wheels say: "
-            "take its entry out and pin it again"
+            f"patches/{pinned.version}: has other files, or runs with others, than its wheels say: "
+            "take it out and pin it again"
         )
 
 
-def _inserted(text: str, release: Release) -> str:
-    """The table with one more release, in the order of versions, everything else as it was."""
-    lines = text.splitlines(keepends=True)
-    later = (
-        number
-        for number, line in enumerate(lines)
-        if (match := _HEADER.match(line.rstrip())) and Version(match["version"]) > release.version
-    )
-    place = next(later, len(lines))
-    while place and lines[place - 1].startswith("#"):
-        place -= 1
-    before, after = "".join(lines[:place]).rstrip("\n"), "".join(lines[place:])
-    return f"{before}\n\n{_entry(release)}{after and chr(10)}{after}".rstrip("\n") + "\n"
-
-
-def _entry(release: Release) -> str:
-    name = f'releases."{release.version}"'
+def _table(release: Release) -> str:
     pythons = ", ".join(f'"{python}"' for python in release.python)
     runs_with = "".join(f'{package} = "{version}"\n' for package, version in release.runs_with.items())
     return (
-        f'[{name}]\ndate = "{release.date}"\npatchset = {release.patchset}\npython = [{pythons}]\n'
-        f'tree = "{release.tree}"\n\n[{name}.runs-with]\n{runs_with}\n'
-        f"[{name}.wheels]\n{_hashes(release.wheels)}"
+        f'date = "{release.date}"\npatchset = {release.patchset}\npython = [{pythons}]\n'
+        f'tree = "{release.tree}"\n\n[runs-with]\n{runs_with}'
     )
 
 
 def _hashes(files: Mapping[str, str]) -> str:
-    return "".join(f'"{name}" = "{digest}"\n' for name, digest in files.items())
-
-
-def _check_table(catalog: Catalog, text: str, release: Release) -> None:
-    """See that the new table says what the old one did and the new release, in order."""
-    default, pinned = parse_releases(text)
-    expected = {**catalog.releases, release.version: release}
-    if default != catalog.default.version or list(pinned.items()) != sorted(expected.items()):
-        raise PatchsetError(
-            f"{catalog.root / 'releases.toml'}: not in the form that an entry can be added to: add it by hand"
-        )
+    """A list for `sha256sum --check`."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sglang_patchset import git, patches
-from sglang_patchset.catalog import Catalog, CellState, Fix, Release
+from sglang_patchset.catalog import Catalog, Fix, Release, State
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.patches import Patch, Series
-from sglang_patchset.proof import figures, results
+from sglang_patchset.proof import expected, figures, results
+from sglang_patchset.proof.expected import Suite
 from sglang_patchset.proof.results import Seen
 from sglang_patchset.queue.repository import TAG
 
@@ -48,6 +49,7 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
         PatchsetError: nothing was made, the message says why.
     """
     clone, fix, branch = catalog.clone(), catalog.fix(name), f"fix/{name}"
+    suite = expected.load(catalog, fix).suite
     if not (directory / ".git").exists():
         raise PatchsetError(f"{directory}: not the top of a git repository: name a checkout of SGLang")
     if not git.succeeds("cat-file", "-e", "HEAD:python/sglang", cwd=directory):
@@ -62,12 +64,12 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
     with tempfile.TemporaryDirectory(prefix="sglang-patchset-") as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
         release, patch = _apply(catalog, fix, directory, index)
-        test = _test_path(fix, directory)
+        test = _test_path(fix, suite, directory)
         if git.succeeds("cat-file", "-e", f"HEAD:{test}", cwd=directory):
             raise PatchsetError(f"{directory}: has {test} already: see what it tests")
         file, message = Path(scratch, "test.py"), Path(scratch, "message")
         file.write_text(
-            _registered((clone / fix.suite.test).read_text(encoding="utf-8"), directory), encoding="utf-8"
+            _registered((clone / suite.test).read_text(encoding="utf-8"), directory), encoding="utf-8"
         )
         blob = git.run("hash-object", "-w", "--no-filters", str(file), cwd=directory).strip()
         git.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{test}", cwd=directory, env=index)
@@ -78,10 +80,8 @@ def export(catalog: Catalog, name: str, directory: Path, text: Path) -> Proposal
         commit = git.run("commit-tree", "-p", head, "-F", str(message), tree, cwd=directory, env=who).strip()
         stat = git.run("diff", "--no-color", "--no-ext-diff", "--stat", head, commit, cwd=directory)
     seen = [each for each in results.seen(catalog) if each.fix == name]
-    patched = {
-        str(each) for each in catalog.releases if (cell := fix.cell(each)) and cell.state is CellState.PATCH
-    }
-    page = _page(fix, release, subject, body, stat, test, seen, figures.speed(clone, name, patched))
+    patched = {str(each) for each in fix.patched}
+    page = _page(suite, release, subject, body, stat, test, seen, figures.speed(clone, name, patched))
     text.write_text(page, encoding="utf-8")
     git.run("update-ref", f"refs/heads/{branch}", commit, "", cwd=directory)
     return Proposal(branch, commit, test, release)
@@ -107,7 +107,7 @@ def _apply(catalog: Catalog, fix: Fix, directory: Path, index: Mapping[str, str]
     if not candidates:
         raise PatchsetError(f"{fix.name}: no release has a patch for it: see `sglang-patchset list`")
     cell = fix.cell(max(tagged)) if tagged else None
-    if cell and cell.state in (CellState.UPSTREAM, CellState.NOT_AFFECTED):
+    if cell and cell.state in (State.UPSTREAM, State.NOT_AFFECTED):
         raise PatchsetError(
             f"{directory}: SGLang {max(tagged)}, by its tag, does not need {fix.name}: "
             "see `sglang-patchset list`"
@@ -155,13 +155,13 @@ def _files_of(series: Series, patch: Patch, listed: str) -> int:
     return sum(any(blob in listed for blob in each) for each in ids)
 
 
-def _test_path(fix: Fix, directory: Path) -> str:
+def _test_path(fix: Fix, suite: Suite, directory: Path) -> str:
     """Where upstream keeps such a test: beside those of the code that the fix is in."""
     code = next(
         (path for path in fix.code if git.succeeds("cat-file", "-e", f"HEAD:python/{path}", cwd=directory)),
         fix.code[0],
     )
-    return str(_TESTS / PurePosixPath(code).relative_to("sglang/srt").parent / Path(fix.suite.test).name)
+    return str(_TESTS / PurePosixPath(code).relative_to("sglang/srt").parent / Path(suite.test).name)
 
 
 def _registered(test: str, directory: Path) -> str:
@@ -186,7 +186,7 @@ def _message(patch: Patch, scratch: Path) -> tuple[str, str]:
 
 
 def _page(
-    fix: Fix,
+    suite: Suite,
     release: Release,
     subject: str,
     body: str,
@@ -201,7 +201,7 @@ def _page(
     for paragraph in body.split("\n\n"):
         (how if how or paragraph.startswith("Fix: ") else why).append(paragraph)
     reds = "\n".join(
-        f"- `{name}`: `{signature}`" for name, signature in fix.suite.reds_of(release.version).items()
+        f"- `{name}`: `{signature}`" for name, signature in suite.reds_of(release.version).items()
     )
     gpu = "\n".join(
         f"- {each.on}, {each.date[:10]}, {each.release}: without the change {each.published}, "

@@ -11,14 +11,14 @@ from enum import Enum
 from pathlib import Path
 
 from sglang_patchset import git, releases
-from sglang_patchset.catalog import Catalog, CellState, Release
+from sglang_patchset.catalog import Catalog, Release, State
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.queue import repository, stack
 from sglang_patchset.queue.repository import TAG
 from sglang_patchset.queue.stack import Mail
 
 
-class Outcome(Enum):
+class Fate(Enum):
     """What became of a fix on the way."""
 
     CARRIED = "carried"
@@ -32,12 +32,12 @@ class Rebased:
     """Each fix's outcome, with the reason or the place."""
 
     release: Release
-    fixes: Sequence[tuple[str, Outcome, str]]
+    fixes: Sequence[tuple[str, Fate, str]]
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to solve."""
-        return not any(outcome is Outcome.CONFLICT for _, outcome, _ in self.fixes)
+        return not any(outcome is Fate.CONFLICT for _, outcome, _ in self.fixes)
 
 
 def rebase(catalog: Catalog, directory: Path, name: str, find_links: Path | None = None) -> Rebased:
@@ -80,14 +80,14 @@ def rebase(catalog: Catalog, directory: Path, name: str, find_links: Path | None
         if mails:
             _am(directory, release, "-3", *(str(mail.path) for mail in mails))
     rest = _report(directory, release, dict.fromkeys(mail.fix for mail in mails))
-    return Rebased(release, [*((fix, Outcome.DROPPED, reason) for fix, reason in dropped.items()), *rest])
+    return Rebased(release, [*((fix, Fate.DROPPED, reason) for fix, reason in dropped.items()), *rest])
 
 
 def _dropped(catalog: Catalog, mail: Mail, release: Release, directory: Path) -> str:
     """Why a fix is not carried; empty where it is."""
     cell = catalog.fix(mail.fix).cell(release.version)
-    if cell and cell.state is not CellState.PATCH:
-        return f"{cell.state.value} in {release.version}, as fixes.toml says"
+    if cell and not cell.patch and cell.state is not State.VULNERABLE:
+        return f"{cell.state.words} in {release.version}, as patches/fixes/{mail.fix}.toml says"
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
         git.run("read-tree", f"{TAG}{release.version}", cwd=directory, env=index)
@@ -115,18 +115,18 @@ def _am(directory: Path, release: Release, *args: str) -> None:
     git.succeeds("am", "--quiet", *options, *args, cwd=directory, env=repository.person(release.date))
 
 
-def _report(directory: Path, release: Release, given: dict[str, None]) -> Iterator[tuple[str, Outcome, str]]:
+def _report(directory: Path, release: Release, given: dict[str, None]) -> Iterator[tuple[str, Fate, str]]:
     carried, pending = _carried(directory, release), _pending(directory)
     for fix in given:
         if fix in carried:
-            yield fix, Outcome.CARRIED, ""
+            yield fix, Fate.CARRIED, ""
         elif fix not in pending:
-            yield fix, Outcome.DROPPED, f"already in {release.version}: nothing is left of it"
+            yield fix, Fate.DROPPED, f"already in {release.version}: nothing is left of it"
         elif fix == pending[0]:
             places = "; ".join(_conflicts(directory, release))
-            yield fix, Outcome.CONFLICT, places or "nothing of it is staged: `git am --skip` leaves it out"
+            yield fix, Fate.CONFLICT, places or "nothing of it is staged: `git am --skip` leaves it out"
         else:
-            yield fix, Outcome.WAITS, ""
+            yield fix, Fate.WAITS, ""
 
 
 def _carried(directory: Path, release: Release) -> list[str]:

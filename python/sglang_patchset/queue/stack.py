@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
 from sglang_patchset import git, patches
-from sglang_patchset.catalog import Catalog, CellState, Release
+from sglang_patchset.catalog import Catalog, Release, State
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.queue.repository import TAG
 
 _FIX, _TEST = "Patchset-Fix", "Regression-Test"
-_TRAILERS = (_FIX, "Upstream-PR", "Upstream-Status", "Affects", _TEST)
+_TRAILERS = (_FIX, "Upstream-PR", "Upstream-Status", _TEST)
 # What git leaves in its directory while an operation waits for the user.
 _UNDER_WAY = ("rebase-apply", "rebase-merge", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD")
 _SERIES_CANNOT = {"A": "adds", "D": "removes", "T": "changes the type of", "M": "changes the mode of"}
@@ -42,11 +42,10 @@ class Stack:
     mails: tuple[Mail, ...]
 
 
-class Change(Enum):
+class PatchChange(Enum):
     """What became of a patch file."""
 
     UNCHANGED = "unchanged"
-    MOVED = "moved"
     CHANGED = "changed"
     ADDED = "added"
     DROPPED = "dropped"
@@ -54,10 +53,10 @@ class Change(Enum):
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What `refresh` did: each patch file's change, and what is left to do in the tables."""
+    """What `refresh` did: each fix's change, and what is left to do in the tables."""
 
     release: Release
-    changes: Sequence[tuple[str, str, Change]]
+    changes: Sequence[tuple[str, PatchChange]]
     reminders: Sequence[str]
 
 
@@ -77,18 +76,18 @@ def refresh(catalog: Catalog, directory: Path) -> Refreshed:
             )
         with tempfile.TemporaryDirectory(dir=catalog.root, prefix=".patchset-") as scratch:
             draft = Path(scratch, version)
-            draft.mkdir()
+            shutil.copytree(catalog.root / version, draft, ignore=shutil.ignore_patterns("*.patch", "series"))
             for mail in stack.mails:
-                (draft / mail.path.name).write_bytes(mail.path.read_bytes())
-            names = "".join(f"{mail.path.name}\n" for mail in stack.mails)
+                shutil.copy(mail.path, draft / f"{mail.fix}.patch")
+                # What was written is read before it counts.
+                patches.read_patch(draft / f"{mail.fix}.patch")
+            names = "".join(f"{mail.fix}.patch\n" for mail in stack.mails)
             (draft / "series").write_text(names, encoding="utf-8")
-            # What was written is read before it counts.
-            patches.load(replace(catalog, root=Path(scratch)), stack.release)
             after = _files(draft)
             if before != after:
                 _swap(draft, catalog.root / version, Path(scratch, "old"))
     changes = list(_changes(before, after))
-    return Refreshed(stack.release, changes, list(_reminders(catalog, stack, changes)))
+    return Refreshed(stack.release, changes, list(_reminders(catalog, stack, before != after)))
 
 
 @contextmanager
@@ -121,7 +120,7 @@ def opened(catalog: Catalog, directory: Path) -> Iterator[Stack]:
                     f"{_named(bare, commit)}: {fix} again, after {fixes[fix][:10]}: make one commit of them"
                 )
             fixes[fix] = commit
-        needs = {fix: catalog.needed(fix, release.version) for fix in fixes}
+        needs = {fix: _needed(catalog, fix, fixes.keys()) for fix in fixes}
         yield Stack(release, tuple(_write(bare, base, head, list(fixes.items()), needs, Path(scratch))))
 
 
@@ -214,7 +213,7 @@ def _check(catalog: Catalog, bare: Path, commit: str) -> str:
     (fix,), (test,) = values[_FIX], values[_TEST]
     if fix not in catalog.fixes:
         raise PatchsetError(
-            f"{_named(bare, commit)}: unknown fix {fix}: add it to fixes.toml, or choose from "
+            f"{_named(bare, commit)}: unknown fix {fix}: write patches/fixes/{fix}.toml, or choose from "
             f"{', '.join(catalog.fixes)}"
         )
     if not (catalog.clone() / test).is_file():
@@ -265,12 +264,12 @@ def _write(
         git.run("read-tree", base, cwd=bare, env=alone)
         for needed in (mail for each, mail in before.items() if each in needs[fix]):
             git.run("apply", "--cached", "--whitespace=nowarn", str(needed), cwd=bare, env=alone)
-        mail = (scratch / str(number)).rename(scratch / f"{number:04}-{fix}.patch")
+        mail = (scratch / str(number)).rename(scratch / f"{fix}.patch")
         if not git.succeeds("apply", "--cached", "--check", str(mail), cwd=bare, env=alone):
             raise PatchsetError(
                 f"{_named(bare, commit)}: does not apply to the release without the commits before it: "
                 "keep it more than three lines away from theirs, make one fix of them, or say in "
-                "fixes.toml what it needs"
+                "its table what it needs"
             )
         git.run("apply", "--cached", "--whitespace=nowarn", str(mail), cwd=bare, env=index)
         tree = git.run("write-tree", cwd=bare, env=index)
@@ -300,17 +299,15 @@ def _named(bare: Path, commit: str) -> str:
 
 
 def _files(directory: Path) -> dict[str, bytes]:
-    """A series' directory: `series`, and the files that it lists in its order."""
-    if not directory.exists():
-        return {}
-    series = (directory / "series").read_bytes()
-    names = series.decode("utf-8").split()
-    if strangers := {path.name for path in directory.iterdir()} - {"series", *names}:
+    """`series`, and the patch files that it lists, in its order."""
+    series = directory / "series"
+    listed = series.read_bytes() if series.exists() else b""
+    names = listed.decode("utf-8").split()
+    if strangers := {path.name for path in directory.glob("*.patch")}.difference(names):
         raise PatchsetError(
-            f"{directory / min(strangers)}: not in the series: move it away, "
-            f"or add it to {directory / 'series'}"
+            f"{directory / min(strangers)}: not in the series: move it away, or add it to {series}"
         )
-    return {"series": series, **{name: (directory / name).read_bytes() for name in names}}
+    return {"series": listed, **{name: (directory / name).read_bytes() for name in names}}
 
 
 def _swap(draft: Path, place: Path, aside: Path) -> None:
@@ -325,36 +322,37 @@ def _swap(draft: Path, place: Path, aside: Path) -> None:
         raise
 
 
-def _changes(before: dict[str, bytes], after: dict[str, bytes]) -> Iterator[tuple[str, str, Change]]:
-    old, new = ({_fix(name): name for name in files if name != "series"} for files in (before, after))
-    for fix, name in new.items():
-        if fix not in old:
-            yield fix, name, Change.ADDED
-        elif before[old[fix]] != after[name]:
-            yield fix, name, Change.CHANGED
+def _changes(before: dict[str, bytes], after: dict[str, bytes]) -> Iterator[tuple[str, PatchChange]]:
+    for name in [*after, *(name for name in before if name not in after)]:
+        if name == "series":
+            continue
+        if name not in after:
+            change = PatchChange.DROPPED
+        elif name not in before:
+            change = PatchChange.ADDED
         else:
-            yield fix, name, Change.UNCHANGED if old[fix] == name else Change.MOVED
-    for fix in old:
-        if fix not in new:
-            yield fix, old[fix], Change.DROPPED
+            change = PatchChange.UNCHANGED if before[name] == after[name] else PatchChange.CHANGED
+        yield name.removesuffix(".patch"), change
 
 
-def _fix(name: str) -> str:
-    return re.sub(r"^\d+-|\.patch$", "", name)
+def _needed(catalog: Catalog, fix: str, carried: Set[str]) -> frozenset[str]:
+    """What has to come before a fix in a series that has these, whatever the present one has."""
+    direct = {need for need in catalog.fix(fix).needs if need in carried}
+    return frozenset(direct).union(*(_needed(catalog, need, carried) for need in direct))
 
 
-def _reminders(catalog: Catalog, stack: Stack, changes: Sequence[tuple[str, str, Change]]) -> Iterator[str]:
+def _reminders(catalog: Catalog, stack: Stack, changed: bool) -> Iterator[str]:
     release = stack.release
-    if any(change is not Change.UNCHANGED for _, _, change in changes):
+    if changed:
         yield (
-            f"releases.toml: the series is another one: patch set {release.patchset} of {release.version} "
-            f"becomes {release.patchset + 1} where it has been published, and scripts/list_patched.py lists "
-            "its wheels"
+            f"patches/{release.version}/release.toml: the series is another one: patch set "
+            f"{release.patchset} becomes {release.patchset + 1} where it has been published, and "
+            "scripts/list_patched.py lists its wheels"
         )
     carried = {mail.fix for mail in stack.mails}
     for fix in catalog.fixes.values():
-        cell = fix.cell(release.version)
-        state = cell.state.value if cell else "nothing"
-        if (state == CellState.PATCH.value) != (fix.name in carried):
-            has = "has" if fix.name in carried else "lacks"
-            yield f"fixes.toml: says {state} of {fix.name} in {release.version}, whose series {has} it"
+        state, table = fix.state(release.version), f"patches/fixes/{fix.name}.toml"
+        if state is None and fix.name not in carried:
+            yield f"{table}: says nothing of {release.version}, whose series lacks it"
+        elif state in (State.UPSTREAM, State.NOT_AFFECTED) and fix.name in carried:
+            yield f"{table}: says {state.words} of {release.version}, whose series has it"
