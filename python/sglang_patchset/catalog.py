@@ -293,6 +293,8 @@ def read_release(directory: Path) -> Release:
     must(re.fullmatch("[0-9a-f]{40}", tree), "tree is no id of git's")
     must(all(re.fullmatch("3[.][0-9]+", python) for python in pythons), "python names no Python")
     runs_with = entry.table("runs-with")
+    fixes = tuple(_fixes_of(directory / "series"))
+    must(len(set(fixes)) == len(fixes), "series lists a fix twice")
     patched = directory / "patched.sha256"
     return Release(
         version=version,
@@ -303,7 +305,7 @@ def read_release(directory: Path) -> Release:
         wheels=_hashes(directory / "wheels.sha256", f"sglang-{version}-"),
         tree=tree,
         patched=_hashes(patched, f"sglang-{version}+patchset.") if patched.exists() else {},
-        fixes=tuple(_fixes_of(directory / "series")),
+        fixes=fixes,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,21 +10,24 @@ import pytest
 
 from sglang_patchset import catalog
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.proof import cuda, results
-from sglang_patchset.proof.verify import Outcome, Tree, Verdict
+from sglang_patchset.proof import cuda
+from sglang_patchset.proof.judge import Verdict
+from sglang_patchset.proof.plan import Outcome
 
 pytestmark = pytest.mark.gpu
 
 TABLES = catalog.load()
 CACHE = Path(__file__).parents[2] / ".cache"
-PAIRS = {f"{pair.release.version}-{Path(pair.suite.test).stem}": pair for pair in cuda.pairs(TABLES)}
+JOBS = {
+    f"{job.release.version}-{Path(job.suite.test).stem}-{job.tree.value}": job for job in cuda.jobs(TABLES)
+}
 
 
 @pytest.fixture(scope="module")
-def verdicts(request: pytest.FixtureRequest) -> Mapping[tuple[str, str, Tree], Verdict]:
-    """What every selected pair came to; all of them run at once."""
+def verdicts(request: pytest.FixtureRequest) -> Mapping[tuple[str, str, str], Verdict]:
+    """What every selected job came to; all of them run at once."""
     names = {item.callspec.params["name"] for item in request.session.items}
-    chosen = [pair for name, pair in PAIRS.items() if name in names]
+    chosen = [job for name, job in JOBS.items() if name in names]
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
     capture = request.config.pluginmanager.get_plugin("capturemanager")
 
@@ -40,20 +42,17 @@ def verdicts(request: pytest.FixtureRequest) -> Mapping[tuple[str, str, Tree], V
     except PatchsetError as error:
         pytest.exit(str(error), returncode=2)
     report(f"\n{len(box.gpus)} x {box.gpu}, driver {box.driver}, {box.versions}")
-    begin = time.monotonic()
-    found = cuda.run(TABLES, chosen, box, CACHE, report)
-    path = results.write(TABLES, box, chosen, found, time.monotonic() - begin)
-    report(f"{path}: {time.monotonic() - begin:.0f} s")
-    return {(each.release, each.test, each.tree): each for each in found}
+    path, found = cuda.run(TABLES, chosen, box, CACHE, report)
+    report(str(path))
+    return {(each.release, each.test, each.tree.value): each for each in found}
 
 
-@pytest.mark.parametrize("tree", list(Tree), ids=lambda tree: tree.value)
-@pytest.mark.parametrize("name", PAIRS)
-def test_cell(verdicts: Mapping[tuple[str, str, Tree], Verdict], name: str, tree: Tree) -> None:
-    pair = PAIRS[name]
-    verdict = verdicts.get((str(pair.release.version), pair.suite.test, tree))
+@pytest.mark.parametrize("name", JOBS)
+def test_cell(verdicts: Mapping[tuple[str, str, str], Verdict], name: str) -> None:
+    job = JOBS[name]
+    verdict = verdicts.get((str(job.release.version), job.suite.test, job.tree.value))
     if verdict is None:
-        pytest.skip(f"not run: needs {pair.suite.gpus} GPUs")
-    if verdict.outcome is not verdict.expected:
+        pytest.skip(f"not run: needs {job.suite.gpus} GPUs")
+    if verdict.outcome is not job.expected:
         pytest.fail(verdict.detail, pytrace=False)
     assert bool(verdict.signatures) == (verdict.outcome is Outcome.RED)

@@ -27,9 +27,7 @@ _TABLES = catalog.load()
 RELEASES = tuple(str(version) for version in _TABLES.releases)
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 HERE = tuple(str(version) for version, each in _TABLES.releases.items() if _PYTHON in each.python)
-PATCHED = tuple(
-    str(version) for version, release in _TABLES.releases.items() if patches.load(_TABLES, release).patches
-)
+PATCHED = tuple(str(version) for version, release in _TABLES.releases.items() if release.fixes)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from sglang_patchset import patches, survey
+from sglang_patchset import patches, record, survey
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.git import blob_id
 from sglang_patchset.patches import Series
@@ -94,7 +95,7 @@ def test_one_fix_of_a_file_stands_in_nobody_s_way(tree: Path, command: Command) 
     found = states(command, tree)
     assert found[HASH] == (
         "unknown",
-        f"{HASH_TOPK} has other changes in the place of the hunk at line 37 of 0001-{HASH}.patch",
+        f"{HASH_TOPK} has other changes in the place of the hunk at line 37 of {HASH}.patch",
     )
     assert found[DSV4][0] == "vulnerable"
     refusal = command("apply", tree).refusal()
@@ -225,7 +226,7 @@ def test_two_places_for_one_hunk(tree: Path, tables: Catalog, command: Command) 
         before = digest(tree)
         assert states(command, tree)[HASH] == (
             "unknown",
-            f"{HASH_TOPK} has more than one place for the hunk at line 37 of 0001-{HASH}.patch",
+            f"{HASH_TOPK} has more than one place for the hunk at line 37 of {HASH}.patch",
         )
         assert "has more than one place" in command("apply", tree, HASH).refusal()
         assert digest(tree) == before
@@ -362,11 +363,14 @@ def test_another_version_s_patch_among_other_changes(tree: Path, command: Comman
     assert command("apply", tree, HASH).code == 0
     edit(tree / HASH_TOPK, "# as the other version's patch has it")
     assert states(command, tree)[HASH][0] == "patched"
+    # What that version had left, to the byte, has none of a user's changes in it.
     receipt = tree / "sglang" / "_patchset.json"
-    receipt.write_text(receipt.read_text().replace('"sha256": "', '"sha256": "0'))
+    entry = json.loads(receipt.read_text())
+    entry["files"][HASH_TOPK] = blob_id((tree / HASH_TOPK).read_bytes())
+    receipt.write_text(json.dumps(entry))
     state, detail = states(command, tree)[HASH]
     assert state == "unknown"
-    assert "from another patch: revert it with that version" in detail
+    assert f"{HASH_TOPK} as another version of this tool left it: revert it with that version" in detail
 
 
 def test_a_patched_wheel_with_other_changes_does_not_become_the_published_one(
@@ -377,11 +381,16 @@ def test_a_patched_wheel_with_other_changes_does_not_become_the_published_one(
     info = tree / "sglang-0.5.12+patchset.1.dist-info"
     (tree / "sglang-0.5.12.dist-info").rename(info)
     (info / "WHEEL").write_text("Wheel-Version: 1.0\nTag: py3-none-any\n")
-    from wheel.wheelfile import WheelFile
-
     wheel = tmp_path / "sglang-0.5.12+patchset.1-py3-none-any.whl"
-    with WheelFile(wheel, "w") as archive:
-        archive.write_files(str(tree))
+    lines = {
+        str(path.relative_to(tree)): (None, path.read_bytes())
+        for path in sorted(tree.rglob("*"))
+        if path.is_file() and path.name != "RECORD"
+    }
+    (info / "RECORD").write_bytes(record.update(b"", lines))
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in (*lines, f"{info.name}/RECORD"):
+            archive.write(tree / path, path)
     before = sorted(tmp_path.iterdir())
     assert (
         f"has other changes in {HASH_TOPK}, which was not published so" in command("revert", wheel).refusal()
@@ -391,7 +400,7 @@ def test_a_patched_wheel_with_other_changes_does_not_become_the_published_one(
 
 def test_hunks_without_a_last_newline(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    patch = patches.Patch("x", tmp_path / "0001-x.patch", "", {})
+    patch = patches.Patch("x", tmp_path / "x.patch", {})
     head = "Subject: x\n\ndiff --git a/python/sglang/a.py b/python/sglang/a.py\n@@ -3,2 +3,2 @@ def\n a\n"
     for body, before, after in [
         ("-b\n\\ No newline at end of file\n+c\n", b"a\nb", b"a\nc\n"),
@@ -405,7 +414,7 @@ def test_hunks_without_a_last_newline(tmp_path: Path) -> None:
         assert (hunk.line, hunk.before, hunk.after) == (3, before, after)
     # A last line without its end is not the beginning of a longer one.
     patch.path.write_text(head + "+c\n b\n\\ No newline at end of file\n")
-    series = Series(None, (patches.Patch("x", patch.path, "", {"sglang/a.py": ("0", "1")}),))  # type: ignore[arg-type]
+    series = Series(None, (patches.Patch("x", patch.path, {"sglang/a.py": ("0", "1")}),))  # type: ignore[arg-type]
     for content, presence in [
         (b"# theirs\na\nb", Presence.OUT),
         (b"# theirs\na\nc\nb", Presence.IN),

@@ -26,10 +26,10 @@ def test_every_dependency_is_locked() -> None:
     for requirement in needed:
         assert locked[requirement.name] in requirement.specifier
     # And what those need: nothing else is installed.
-    assert set(locked) - {each.name for each in needed} == {"markdown-it-py", "mdurl", "pygments"}
+    assert set(locked) - {each.name for each in needed} == set()
     assert (
         len(re.findall(r"^[a-z-]+==\S+ (?:; .+ )?\\\n    --hash=sha256:[0-9a-f]{64}", LOCK, re.MULTILINE))
-        == 8
+        == 3
     )
 
 
@@ -63,8 +63,8 @@ def test_without_an_index(wheels: Mapping[str, Path], tmp_path: Path) -> None:
     assert list(tmp_path.rglob("pwned")) == []
     # A package that is not the locked one is none.
     shutil.rmtree(clone / ".venv-tool")
-    (rich,) = links.glob("rich-*.whl")
-    with rich.open("ab") as file:
+    (packaging,) = links.glob("packaging-*.whl")
+    with packaging.open("ab") as file:
         file.write(b"x")
     done = subprocess.run([*script, "--find-links", str(links)], capture_output=True, env=env, check=False)
     assert done.returncode != 0

@@ -31,10 +31,7 @@ def made(checkouts: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
     project, checkout = directory / "project", copy(checkouts[str(RELEASE)], directory / "checkout")
     for name in ("python", "patches", "tests/regression"):
         shutil.copytree(ROOT / name, project / name)
-    add_to_catalogue(project, MINE)
-    table = project / "patches" / "fixes.toml"
-    change(table, "code = []\n", f'code = ["{HASH_TOPK}"]\nneeds = ["{HASH}"]\n')
-    (project / "tests" / "regression" / "mine.py").write_text("")
+    add_to_catalogue(project, MINE, f'code = ["{HASH_TOPK}"]\nneeds = ["{HASH}"]')
     change(checkout / "python" / HASH_TOPK, "columns) % num_experts,\n", "columns) % num_experts,  # mine\n")
     change(checkout / "python" / HASH_TOPK, "num_token = scores.shape[0]\n", "num_token = scores.size(0)\n")
     git(checkout, "commit", "--quiet", "--all", "--message", message(MINE))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from packaging.version import Version
 from sglang_patchset import catalog
 from sglang_patchset.catalog import Catalog
 
-from .conftest import digest, from_copy
+from .conftest import change, digest, from_copy
 
 
 @pytest.fixture
@@ -33,26 +32,19 @@ def shelf(wheels: Mapping[str, Path], tmp_path: Path) -> Path:
     return shelf
 
 
-def take_out(project: Path, release: str) -> str:
-    """Take a release out of the table; returns its entry."""
-    table = project / "patches" / "releases.toml"
-    text = table.read_text()
-    start = text.index(f'[releases."{release}"]\n')
-    after = re.search(r'\n(?=\[releases\."[^"]+"\]\n)', text[start:])
-    assert after, "not the last one"
-    end = start + after.end()
-    table.write_text(text[:start] + text[end:])
-    return text[start:end]
-
-
 @pytest.mark.parametrize("release", ["0.5.11", "0.5.12.post1"])
 def test_what_was_pinned_by_hand(
     release: str, project: Path, shelf: Path, wheels: Mapping[str, Path], tables: Catalog
 ) -> None:
     version = Version(release)
-    entry = take_out(project, release)
-    rest = (project / "patches" / "releases.toml").read_text()
-    shutil.rmtree(project / "patches" / release)
+    directory = project / "patches" / release
+    before = {file.name: file.read_text() for file in directory.iterdir()}
+    others = {
+        name: entry
+        for name, entry in digest(project / "patches").items()
+        if not name.startswith(f"{release}/")
+    }
+    shutil.rmtree(directory)
     result = from_copy(project, "pin", release, "--find-links", shelf)
     assert (result.code, result.out.splitlines()[0]) == (
         0,
@@ -69,19 +61,19 @@ def test_what_was_pinned_by_hand(
         patchset=expected.patchset,
         python=expected.python,
         wheels=expected.wheels,
-    ) == replace(expected, patched={})
+    ) == replace(expected, patched={}, fixes=())
     if release != "0.5.11":  # which came two days after its date
         assert found.date == expected.date
-    assert [path.name for path in (project / "patches" / release).iterdir()] == ["series"]
-    assert (project / "patches" / release / "series").read_bytes() == b""
-    # The entry is in the form of the others, and all the rest of the file is as it was.
-    written = take_out(project, release)
+    assert {file.name for file in directory.iterdir()} == {"release.toml", "series", "wheels.sha256"}
+    assert (directory / "series").read_bytes() == b""
+    # In the form of the others, whose files are as they were.
     forms = [
-        [line.partition(" ")[0] for line in text.partition('"sglang-')[0].splitlines()]
-        for text in (entry, written)
+        [line.partition(" ")[0] for line in text.splitlines()]
+        for text in (before["release.toml"], (directory / "release.toml").read_text())
     ]
     assert forms[0] == forms[1]
-    assert (project / "patches" / "releases.toml").read_text() == rest
+    after_all = digest(project / "patches")
+    assert others.items() <= after_all.items()
 
 
 def test_a_pinned_release_is_looked_at_again(project: Path, shelf: Path) -> None:
@@ -99,19 +91,19 @@ def test_a_pinned_release_is_looked_at_again(project: Path, shelf: Path) -> None
     wheel.write_bytes(content + b"\0")
     refusal = from_copy(project, "pin", "0.5.12", "--find-links", shelf).refusal()
     assert f"{wheel.name}: pip's index has it with the sha256 " in refusal
-    assert "releases.toml says 4ed786a3" in refusal
-    table = project / "patches" / "releases.toml"
+    assert "wheels.sha256 says 4ed786a3" in refusal
+    table = project / "patches" / "0.5.12" / "release.toml"
     wheel.write_bytes(content)
     text = table.read_text()
     table.write_text(text.replace('tree = "de680', 'tree = "00000'))
-    assert "0.5.12 has other files" in from_copy(project, "pin", "0.5.12", "--find-links", shelf).refusal()
+    assert "0.5.12: has other files" in from_copy(project, "pin", "0.5.12", "--find-links", shelf).refusal()
     table.write_text(text)
     assert digest(project / "patches") == before
 
 
 def test_a_package_index(project: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One that says, as the real one does, which Python a wheel wants."""
-    take_out(project, "0.5.12.post1")
+    shutil.rmtree(project / "patches" / "0.5.12.post1")
     page = tmp_path / "index" / "simple" / "sglang"
     page.mkdir(parents=True)
     (page / "index.html").write_text(
@@ -144,19 +136,15 @@ def test_a_release_that_nobody_has_looked_at(
     project: Path, shelf: Path, wheels: Mapping[str, Path], tree: Path
 ) -> None:
     """Between `pin` and the first patch, nothing is claimed of the release."""
-    take_out(project, "0.5.12.post1")
     shutil.rmtree(project / "patches" / "0.5.12.post1")
-    table = project / "patches" / "fixes.toml"
-    text = table.read_text()
-    table.write_text(text.replace('"==0.5.12.post1" = { state = "upstream" }\n', ""))
+    table = project / "patches" / "fixes" / "hash-topk-dummy-weights.toml"
+    change(table, '">=0.5.12.post1,<=0.5.23"', '">=0.5.13,<=0.5.23"')
     out = from_copy(project, "pin", "0.5.12.post1", "--find-links", shelf).out
-    assert "fixes.toml: says nothing of hash-topk-dummy-weights in 0.5.12.post1\n" in out
+    assert "hash-topk-dummy-weights.toml: says nothing of 0.5.12.post1, whose series lacks it\n" in out
     wheel = wheels["0.5.12.post1"]
     result = from_copy(project, "status", wheel)
     assert result.code == 2
-    assert "fixes.toml says nothing of it in 0.5.12.post1" in result.out
-    assert "the series of 0.5.12.post1 has no patch for it" in result.out
-    assert from_copy(project, "list").out.splitlines()[1].split()[2:5] == ["not-affected", "patch", "?"]
+    assert result.out.count("nothing is known of it in 0.5.12.post1") > 3
     assert "SGLang 0.5.12.post1 has no patch set" in from_copy(project, "apply", wheel).refusal()
     # An empty series fits nothing.
     (tree / "sglang" / "_version.py").unlink()
@@ -174,11 +162,3 @@ def test_what_cannot_be_pinned(project: Path, shelf: Path) -> None:
     (project / "tests" / "regression").rename(project / "elsewhere")
     assert "work in a clone" in from_copy(project, "pin", "0.5.12").refusal()
     (project / "elsewhere").rename(project / "tests" / "regression")
-    # A table that somebody wrote in another form is not guessed about.
-    take_out(project, "0.5.11")
-    table = project / "patches" / "releases.toml"
-    table.write_text(table.read_text().replace("[releases.", "  [releases."))
-    before = digest(project / "patches")
-    refusal = from_copy(project, "pin", "0.5.11", "--find-links", shelf).refusal()
-    assert f"{table}: not in the form that an entry can be added to" in refusal
-    assert digest(project / "patches") == before

@@ -14,7 +14,8 @@ from packaging.version import Version
 
 from sglang_patchset import patches
 from sglang_patchset.catalog import Catalog
-from sglang_patchset.proof import results
+from sglang_patchset.proof import evidence, expected, results
+from sglang_patchset.proof.plan import Tree
 
 from .conftest import HERE, ROOT, Command, change, copy, edit, from_copy, git
 
@@ -56,7 +57,8 @@ def test_each_fix(
         folder = Path(test).parent.relative_to("test/registered/unit")
         assert any(path.startswith(f"sglang/srt/{folder}/") for path in tables.fix(patch.fix).code)
         assert (
-            git(checkout, "show", f"{branch}:{test}") == (ROOT / tables.fix(patch.fix).suite.test).read_text()
+            git(checkout, "show", f"{branch}:{test}")
+            == (ROOT / expected.load(tables, tables.fix(patch.fix)).suite.test).read_text()
         )
 
         message = git(checkout, "log", "-1", "--format=%an <%ae>%n%cn%n%B", branch)
@@ -137,7 +139,7 @@ def test_evidence(project: Path, plain: Path, tables: Catalog, tmp_path: Path) -
     assert from_copy(project, "export", HASH, plain, text).code == 0
     page = text.read_text()
     assert "On a GPU: not run." in page
-    for name, signature in next(iter(tables.fix(HASH).suite.reds.values())).items():
+    for name, signature in next(iter(expected.load(tables, tables.fix(HASH)).suite.reds.values())).items():
         assert f"- `{name}`: `{signature}`\n" in page
     assert (
         "\nSymptom: with --load-format dummy, DeepSeek-V4 dies in CUDA graph capture with an illegal" in page
@@ -146,27 +148,30 @@ def test_evidence(project: Path, plain: Path, tables: Catalog, tmp_path: Path) -
     git(plain, "branch", "--quiet", "--delete", "--force", f"fix/{HASH}")
     (project / "results").mkdir(exist_ok=True)
     release = tables.releases[Version("0.5.12")]
-    cell = {
-        "release": "0.5.12",
-        "fix": HASH,
-        "test": tables.fix(HASH).cuda[0].test,
-        "gpus": 1,
-        "behind": [],
-        "published": {
-            "outcome": "red",
-            "passed": 0,
-            "signatures": {"TestCuda::test_it": "device-side assert triggered"},
-            "detail": "",
-        },
-        "patched": {"outcome": "green", "passed": 1, "signatures": {}, "detail": ""},
-    }
-    other = cell | {"fix": DSV4, "test": tables.fix(DSV4).cuda[0].test}
-    run = {
-        "date": "2026-11-22T03:00:00+00:00",
-        "gpu": "NVIDIA H200",
-        "series": {"0.5.12": patches.digest(patches.load(tables, release).patches)},
-        "cells": [cell, other],
-    }
+    cells = []
+    for fix in (HASH, DSV4):
+        suite = expected.load(tables, tables.fix(fix)).cuda[0]
+        for each in Tree:
+            red = {"TestCuda::test_it": "device-side assert triggered"} if each is Tree.PUBLISHED else {}
+            cells.append(
+                {
+                    "release": "0.5.12",
+                    "fix": fix,
+                    "test": suite.test,
+                    "tree": each.value,
+                    "gpus": 1,
+                    "rests on": evidence.grounds(tables, release, tables.fix(fix), suite, each),
+                    "outcome": "red" if red else "green",
+                    "seconds": 1,
+                    "detail": "",
+                    "signatures": red,
+                    "measured": {},
+                    "durations": {},
+                    "passed": 1,
+                    "skipped": 0,
+                }
+            )
+    run = {"date": "2026-11-22T03:00:00+00:00", "gpu": "NVIDIA H200", "gpus": 1, "cells": cells, "seconds": 9}
     file = project / "results" / "gpu-H200-2026-11-22.json"
     file.write_text(json.dumps(run))
     assert from_copy(project, "export", HASH, plain, text).code == 0
@@ -283,6 +288,6 @@ def test_what_cannot_be_exported(
     edit(plain / HASH_TOPK, "# mine")
     git(plain, "commit", "--quiet", "--all", "--message", "Conflict")
     line = refusal(HASH, plain)
-    assert f"0001-{HASH}.patch: does not fit HEAD, three-way neither " in line
+    assert f"{HASH}.patch: does not fit HEAD, three-way neither " in line
     assert f"patch failed: {HASH_TOPK}:37" in line
     assert git(plain, "branch", "--list", "fix/*") == ""

@@ -15,7 +15,7 @@ from packaging.version import Version
 from sglang_patchset import catalog, patches
 from sglang_patchset.catalog import Catalog
 
-from .conftest import Command, digest, edit, from_copy, git
+from .conftest import Command, change, digest, edit, from_copy, git
 
 HASH, DSA, DSV4 = "hash-topk-dummy-weights", "dsa-index-sharing", "dsv4-expert-distribution"
 ROUTED, SWA = "routed-experts-dp-buffer", "swa-graph-padding"
@@ -56,7 +56,7 @@ def test_to_the_next_release(
     assert (result.code, result.err) == (1, "")
     expected = {HASH: "dropped", DSA: "carried", DSV4: "conflict", ROUTED: "waits", SWA: "waits"}
     assert outcomes(result.out).items() >= expected.items()
-    assert f"{HASH}: upstream in {NEW}, as fixes.toml says\n" in result.out
+    assert f"{HASH}: fixed upstream in {NEW}, as patches/fixes/{HASH}.toml says\n" in result.out
     assert f"{DSV4}: {DEEPSEEK_V4} line 5\n" in result.out
     assert (checkout / DEEPSEEK_V4).read_text().splitlines()[4].startswith("<<<<<<<")
     assert "am --continue` (or --skip)\n" in result.out
@@ -116,7 +116,11 @@ def test_everything_is_in_already(checkout: Path, wheels: Mapping[str, Path], pr
     result = from_copy(project, "rebase", checkout, wheels["0.5.13"])
     assert (result.code, outcomes(result.out)) == (0, dict.fromkeys(fixes, "dropped"))
     for fix in fixes:
-        assert f"{fix}: upstream in 0.5.13, as fixes.toml says\n" in result.out
+        assert re.search(
+            rf"^{fix}: fixed (upstream|in part) in 0.5.13, as patches/fixes/{fix}.toml says$",
+            result.out,
+            re.M,
+        )
     for name in ("HEAD", "patchset-0.5.13"):
         assert git(checkout, "rev-parse", name) == git(checkout, "rev-parse", "release/0.5.13^{commit}")
 
@@ -126,15 +130,17 @@ def test_to_a_release_that_nobody_has_looked_at(
 ) -> None:
     """Upstream did it all in other words: the conflicts are named, and what nobody has said so far."""
     fixes = keep_merged(checkout)
-    table = project / "patches" / "fixes.toml"
-    lines = table.read_text().splitlines(keepends=True)
-    table.write_text("".join(line for line in lines if not line.startswith('">=0.5.13,<')))
+    for table in (project / "patches" / "fixes").iterdir():
+        lines = table.read_text().splitlines(keepends=True)
+        table.write_text(
+            "".join(line for line in lines if not line.startswith(('">=0.5.13,<', '">=0.5.12.post1,')))
+        )
     result = from_copy(project, "rebase", checkout, wheels["0.5.13"])
     assert result.code == 1
     found = outcomes(result.out)
     assert set(found) == set(fixes)
     for fix, outcome in found.items():
-        assert (f"fixes.toml: says nothing of {fix} in 0.5.13\n" in result.out) == (outcome != "dropped")
+        assert (f"{fix}.toml: says nothing of 0.5.13, whose" in result.out) == (outcome != "dropped")
     assert found[DSA] == "conflict"
     (places,) = (line for line in result.out.splitlines() if line.startswith(f"{DSA}: "))
     assert "; python/sglang/srt/speculative/eagle_worker.py, which 0.5.13 does not have" in places
@@ -159,11 +165,6 @@ def test_to_a_release_that_was_pinned_just_now(
     tables: Catalog,
 ) -> None:
     """From `pin` to a series that is not empty any more."""
-    table = project / "patches" / "releases.toml"
-    text = table.read_text()
-    start = text.index(f'[releases."{NEW}"]\n')
-    end = text.index('[releases."0.5.13"]\n')
-    table.write_text(text[:start] + text[end:])
     shutil.rmtree(project / "patches" / NEW)
     assert "not a pinned release" in from_copy(project, "rebase", checkout, NEW).refusal()
     shelf = wheels[NEW].parent
@@ -177,7 +178,7 @@ def test_to_a_release_that_was_pinned_just_now(
     carried = [patch.fix for patch in patches.load(tables, tables.releases[Version(NEW)]).patches]
     assert (result.code, result.out.count(" added")) == (0, len(carried))
     series = (project / "patches" / NEW / "series").read_text().split()
-    assert [name[5:] for name in series] == [f"{fix}.patch" for fix in carried]
+    assert series == [f"{fix}.patch" for fix in carried]
 
 
 def test_hooks_and_signatures_stay_out(checkout: Path, wheels: Mapping[str, Path], command: Command) -> None:
@@ -201,13 +202,12 @@ def test_hooks_and_signatures_stay_out(checkout: Path, wheels: Mapping[str, Path
 def test_what_is_in_already(
     checkout: Path, checkouts: Mapping[str, Path], wheels: Mapping[str, Path], project: Path
 ) -> None:
-    """Without a word in fixes.toml, git tells: one fix reverse-applies, of another nothing is left."""
-    table = project / "patches" / "fixes.toml"
-    table.write_text(table.read_text().replace('"==0.5.12.post1" = { state = "upstream" }\n', ""))
+    """Without a word in its table, git tells: one fix reverse-applies, of another nothing is left."""
+    change(project / "patches" / "fixes" / f"{HASH}.toml", '">=0.5.12.post1,<=0.5.23"', '">=0.5.13,<=0.5.23"')
     result = from_copy(project, "rebase", checkout, wheels["0.5.11"])
     assert result.code == 1
     assert outcomes(result.out)[HASH] == "dropped"
-    assert f"{HASH}: not-affected in 0.5.11, as fixes.toml says" in result.out
+    assert f"{HASH}: not affected in 0.5.11, as patches/fixes/{HASH}.toml says" in result.out
     git(checkout, "am", "--abort")
     git(checkout, "checkout", "--quiet", "patchset")
     # One commit, which is what the new release has.
@@ -227,8 +227,7 @@ def test_nothing_is_left_of_a_fix(
     checkout: Path, checkouts: Mapping[str, Path], wheels: Mapping[str, Path], project: Path
 ) -> None:
     """Its context is another, so that it does not reverse-apply; the merge finds it."""
-    table = project / "patches" / "fixes.toml"
-    table.write_text(table.read_text().replace('"==0.5.12.post1" = { state = "upstream" }\n', ""))
+    change(project / "patches" / "fixes" / f"{HASH}.toml", '">=0.5.12.post1,<=0.5.23"', '">=0.5.13,<=0.5.23"')
     git(checkout, "reset", "--quiet", "--hard", "release/0.5.12")
     ours = "python/sglang/srt/models/deepseek_v4.py"
     upstream = git(checkouts[NEW], "show", f"release/{NEW}:{ours}").splitlines(keepends=True)

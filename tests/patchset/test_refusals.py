@@ -24,7 +24,7 @@ def test_an_edited_file_is_named_with_the_fixes_that_need_it(tree: Path, command
     for verb in ("apply", "revert"):
         refusal = command(verb, tree).refusal()
         for fix, hunk in (
-            ("hash-topk-dummy-weights", "37 of 0001-hash-topk-dummy-weights.patch"),
+            ("hash-topk-dummy-weights", "37 of hash-topk-dummy-weights.patch"),
             ("dsv4-expert-distribution", "7 of 0003-dsv4-expert-distribution.patch"),
         ):
             reason = f"{fix}: {HASH_TOPK} has other changes in the place of the hunk at line {hunk}"
@@ -138,7 +138,7 @@ def test_no_permission(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_broken_patch_files(tree: Path, project: Path) -> None:
     before = digest(tree)
-    patch = project / "patches" / "0.5.12" / "0001-hash-topk-dummy-weights.patch"
+    patch = project / "patches" / "0.5.12" / "hash-topk-dummy-weights.patch"
     whole = patch.read_text()
     for text, message in [
         (whole[: whole.rindex("\n ")], "git cannot read it"),

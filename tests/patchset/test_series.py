@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sglang_patchset import catalog, patches, survey
-from sglang_patchset.catalog import Catalog, Cell, CellState
+from sglang_patchset.catalog import Catalog, State
 from sglang_patchset.patches import Series
 from sglang_patchset.repair import contents
 from sglang_patchset.survey import Presence
@@ -107,8 +107,13 @@ def test_patches_applied_by_hand_are_recognised(tree: Path, tables: Catalog, com
 def test_a_bug_that_nothing_is_carried_for(
     tree: Path, tables: Catalog, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = {"==0.5.12": Cell(CellState.UNPATCHED, "no patch for this release")}
-    uncarried = dataclasses.replace(tables.fix(DSV4), name="uncarried", cells=cells)
+    uncarried = dataclasses.replace(
+        tables.fix(DSV4),
+        name="uncarried",
+        states={"==0.5.12": State.VULNERABLE},
+        notes={"==0.5.12": "no patch for this release"},
+        patched=frozenset(),
+    )
     fixes = {**tables.fixes, uncarried.name: uncarried}
     monkeypatch.setattr(catalog, "load", lambda: dataclasses.replace(tables, fixes=fixes))
     refusal = command("apply", tree, DSV4, uncarried.name).refusal()
@@ -123,7 +128,9 @@ def test_a_bug_that_nothing_is_carried_for(
 
 
 def _states(table: str) -> dict[str, str]:
-    return {line.split()[0]: line.split()[2] for line in table.splitlines()[2:]}
+    """Each fix's state, by the lines that are no paragraph."""
+    rows = [line for line in table.splitlines()[2:] if not line.startswith(" ") and "  #" in line]
+    return {line.split()[0]: " ".join(line.split()[2:]) for line in rows}
 
 
 def test_an_edit_in_a_fix_s_place_makes_it_unknown(tree: Path, command: Command) -> None:

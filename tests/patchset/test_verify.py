@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.version import Version
 
 from sglang_patchset import catalog
-from sglang_patchset.catalog import Catalog, Cell, CellState, Fix, Suite
+from sglang_patchset.catalog import Catalog, Fix, State
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.proof import verify
-from sglang_patchset.proof.verify import Outcome, Verdict
+from sglang_patchset.proof import expected, plan, verify
+from sglang_patchset.proof.expected import Expected, Suite
+from sglang_patchset.proof.judge import Verdict
+from sglang_patchset.proof.plan import Outcome
+from sglang_patchset.proof.runner import Runner
 
 from .conftest import Command
 
@@ -43,35 +50,63 @@ class TestBug(unittest.TestCase):
 REDS = {"TestBug::test_bug": r"value 99 is out of range", "TestBug::test_each": "subtest says so"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Bug:
+    """A catalogue with one fix, and its tests."""
+
+    tables: Catalog
+    suite: Suite
+
+    @property
+    def root(self) -> Path:
+        """The clone."""
+        return self.tables.root.parent
+
+    @property
+    def trees(self) -> Path:
+        return self.root.parent / "trees"
+
+    def changed(self, fix: Mapping[str, Any] | None = None, **suite: Any) -> Bug:
+        """With other values of the fix, or of its tests."""
+        changed = dataclasses.replace(self.tables.fixes["bug"], **(fix or {}))
+        tables = dataclasses.replace(self.tables, fixes={"bug": changed})
+        return Bug(tables, dataclasses.replace(self.suite, **suite))
+
+    def expected(self) -> Expected:
+        return Expected(self.tables.fixes["bug"], self.suite)
+
+    def verify(self, release: str = "0.5.12") -> list[Verdict]:
+        """A run of its own each time."""
+        shutil.rmtree(self.root / "cache", ignore_errors=True)
+        return verify.run(self.tables, [self.expected()], [self.tables.release(release)], self.root / "cache")
+
+
 @pytest.fixture
-def bug(tables: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
+def bug(tables: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bug:
     """A clone of a patch set with one fix for 0.5.12, whose trees are a single module each."""
-    test = tmp_path / "clone" / "tests" / "regression" / "test_bug.py"
+    test = tmp_path / "clone" / "tests" / "regression" / "bug" / "test_bug.py"
     series = tmp_path / "clone" / "patches" / "0.5.12"
     for directory in (test.parent, series):
         directory.mkdir(parents=True)
     test.write_text(TESTS)
-    (series / "series").write_text("0001-bug.patch\n")
-    (series / "0001-bug.patch").write_text(
-        "diff --git a/python/sglang/bug.py b/python/sglang/bug.py\n"
+    (series / "bug.patch").write_text(
+        "\ndiff --git a/python/sglang/bug.py b/python/sglang/bug.py\n"
         f"index {'0' * 40}..{'1' * 40} 100644\n"
         "--- a/python/sglang/bug.py\n+++ b/python/sglang/bug.py\n@@ -1 +1 @@\n-99\n+5\n"
     )
-    fix = Fix(
-        name="bug",
-        upstream_pr=1,
-        title="",
-        symptom="",
-        code=("sglang.py",),
-        cells={"==0.5.12": Cell(CellState.PATCH)},
-        suite=Suite("tests/regression/test_bug.py", {"==0.5.12": REDS}),
-    )
+    version = Version("0.5.12")
+    fix = Fix("bug", 1, "", "", ("sglang.py",), {}, patched=frozenset([version]))
     _tree(tmp_path / "trees" / "published", 99)
     _tree(tmp_path / "trees" / "patched", 5)
     monkeypatch.setattr(verify.Trees, "published", lambda *_: tmp_path / "trees" / "published")
     monkeypatch.setattr(verify.Trees, "patched", lambda *_: tmp_path / "trees" / "patched")
     monkeypatch.setattr(verify, "_check_interpreter", lambda: None)
-    return dataclasses.replace(tables, root=tmp_path / "clone" / "patches", fixes={"bug": fix})
+    release = dataclasses.replace(tables.releases[version], fixes=("bug",))
+    releases = {**tables.releases, version: release}
+    made = dataclasses.replace(
+        tables, root=tmp_path / "clone" / "patches", fixes={"bug": fix}, releases=releases
+    )
+    return Bug(made, Suite("tests/regression/bug/test_bug.py", {"==0.5.12": REDS}))
 
 
 def _tree(directory: Path, value: int | str) -> None:
@@ -79,29 +114,12 @@ def _tree(directory: Path, value: int | str) -> None:
     (directory / "sglang.py").write_text(f"value = {value}\n")
 
 
-def _write_test(tables: Catalog, source: str) -> None:
-    (tables.root.parent / tables.fixes["bug"].suite.test).write_text(source)
+def _write_test(bug: Bug, source: str) -> None:
+    (bug.root / bug.suite.test).write_text(source)
 
 
-def _verify(tables: Catalog) -> list[Verdict]:
-    release = tables.releases[Version("0.5.12")]
-    return verify.run(tables, list(tables.fixes.values()), [release], tables.root)
-
-
-def _with(
-    tables: Catalog,
-    cells: Mapping[str, Cell] | None = None,
-    reds: Mapping[str, Mapping[str, str]] | None = None,
-    code: str = "sglang.py",
-) -> Catalog:
-    fix = tables.fixes["bug"]
-    suite = fix.suite if reds is None else dataclasses.replace(fix.suite, reds=reds)
-    fix = dataclasses.replace(fix, cells=cells or fix.cells, suite=suite, code=(code,))
-    return dataclasses.replace(tables, fixes={"bug": fix})
-
-
-def test_red_and_green(bug: Catalog) -> None:
-    red, green = _verify(bug)
+def test_red_and_green(bug: Bug) -> None:
+    red, green = bug.verify()
     assert (red.outcome, red.detail) == (Outcome.RED, "")
     assert red.signatures == {
         "TestBug::test_bug": "value 99 is out of range",
@@ -112,40 +130,40 @@ def test_red_and_green(bug: Catalog) -> None:
     assert green.holds
 
 
-def test_red_without_its_signature(bug: Catalog) -> None:
+def test_red_without_its_signature(bug: Bug) -> None:
     reds = REDS | {"TestBug::test_bug": "illegal memory access"}
-    red, _ = _verify(_with(bug, reds={"==0.5.12": reds}))
+    red, _ = bug.changed(reds={"==0.5.12": reds}).verify()
     assert (red.outcome, red.holds) == (Outcome.ERROR, False)
     assert "TestBug::test_bug fails without its signature" in red.detail
     assert "value 99 is out of range" in red.detail
 
 
-def test_failure_that_is_no_red(bug: Catalog) -> None:
-    red, _ = _verify(_with(bug, reds={"==0.5.12": {"TestBug::test_each": "subtest says so"}}))
+def test_failure_that_is_no_red(bug: Bug) -> None:
+    red, _ = bug.changed(reds={"==0.5.12": {"TestBug::test_each": "subtest says so"}}).verify()
     assert red.outcome is Outcome.ERROR
     assert red.detail.startswith("TestBug::test_bug fails: ")
 
 
-def test_bug_that_is_not_there(bug: Catalog) -> None:
-    _tree(bug.root.parents[1] / "trees" / "published", 6)
-    red, _ = _verify(bug)
+def test_bug_that_is_not_there(bug: Bug) -> None:
+    _tree(bug.trees / "published", 6)
+    red, _ = bug.verify()
     assert red.outcome is Outcome.ERROR
     assert red.detail == "TestBug::test_bug does not fail; TestBug::test_each does not fail"
 
 
-def test_fix_that_does_not_work(bug: Catalog) -> None:
-    _tree(bug.root.parents[1] / "trees" / "patched", 99)
-    _, green = _verify(bug)
+def test_fix_that_does_not_work(bug: Bug) -> None:
+    _tree(bug.trees / "patched", 99)
+    _, green = bug.verify()
     assert (green.outcome, green.holds) == (Outcome.ERROR, False)
     assert "TestBug::test_bug fails: AssertionError: 99 not less than 10" in green.detail
 
 
-def test_skipped_red_is_no_green(bug: Catalog) -> None:
-    _, green = _verify(_with(bug, reds={"==0.5.12": REDS | {"TestBug::test_optional": "any"}}))
+def test_skipped_red_is_no_green(bug: Bug) -> None:
+    _, green = bug.changed(reds={"==0.5.12": REDS | {"TestBug::test_optional": "any"}}).verify()
     assert (green.outcome, green.detail) == (Outcome.ERROR, "TestBug::test_optional did not run")
 
 
-def test_words_of_the_source_are_no_signature(bug: Catalog) -> None:
+def test_words_of_the_source_are_no_signature(bug: Bug) -> None:
     _write_test(
         bug,
         "import unittest\n"
@@ -153,12 +171,12 @@ def test_words_of_the_source_are_no_signature(bug: Catalog) -> None:
         "    def test_bug(self):\n"
         "        self.assertTrue(open('/no/such/file'), 'value 99 is out of range')\n",
     )
-    red, _ = _verify(_with(bug, reds={"==0.5.12": {"TestBug::test_bug": "value 99 is out of range"}}))
+    red, _ = bug.changed(reds={"==0.5.12": {"TestBug::test_bug": "value 99 is out of range"}}).verify()
     assert red.outcome is Outcome.ERROR
     assert "TestBug::test_bug fails without its signature: FileNotFoundError" in red.detail
 
 
-def test_every_subtest_needs_the_signature(bug: Catalog) -> None:
+def test_every_subtest_needs_the_signature(bug: Bug) -> None:
     _write_test(
         bug,
         "import unittest\n"
@@ -168,74 +186,77 @@ def test_every_subtest_needs_the_signature(bug: Catalog) -> None:
         "            with self.subTest(error=error):\n"
         "                raise error\n",
     )
-    red, _ = _verify(_with(bug, reds={"==0.5.12": {"TestBug::test_bug": "the bug"}}))
+    red, _ = bug.changed(reds={"==0.5.12": {"TestBug::test_bug": "the bug"}}).verify()
     assert red.outcome is Outcome.ERROR
 
 
-def test_what_upstream_left_open(bug: Catalog) -> None:
-    tables = _with(bug, cells={"==0.5.12": Cell(CellState.UPSTREAM)})
-    (verdict,) = _verify(tables)
+def test_what_upstream_left_open(bug: Bug) -> None:
+    fixed = {"states": {"==0.5.12": State.IN_PART}, "patched": frozenset[Version]()}
+    (verdict,) = bug.changed(fixed).verify()
     assert (verdict.outcome, verdict.holds) == (Outcome.GREEN, True)
     assert verdict.detail == "left open: TestBug::test_bug, TestBug::test_each"
 
 
-def test_all_skipped_is_no_green(bug: Catalog) -> None:
+def test_all_skipped_is_no_green(bug: Bug) -> None:
     _write_test(bug, "import unittest\nraise unittest.SkipTest('needs a GPU')\n")
-    for verdict in _verify(bug):
+    for verdict in bug.verify():
         assert (verdict.outcome, verdict.holds) == (Outcome.NOT_RUN, False)
         assert "needs a GPU" in verdict.detail
 
 
-def test_import_error_is_no_red(bug: Catalog) -> None:
-    _tree(bug.root.parents[1] / "trees" / "published", "unknown")
-    red, _ = _verify(bug)
+def test_import_error_is_no_red(bug: Bug) -> None:
+    _tree(bug.trees / "published", "unknown")
+    red, _ = bug.verify()
     assert red.outcome is Outcome.ERROR
     assert "the import fails: NameError: name 'unknown' is not defined" in red.detail
 
 
 def _installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
-    monkeypatch.setattr(verify.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(plan.metadata, "version", versions.__getitem__)
 
 
-def test_release_that_needs_its_own_packages(bug: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_that_needs_its_own_packages(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where others are installed, neither tree is run, and nothing passes for proved."""
-    fix = bug.fixes["bug"]
-    suite = dataclasses.replace(fix.suite, own_packages=("==0.5.12",))
-    tables = dataclasses.replace(bug, fixes={"bug": dataclasses.replace(fix, suite=suite)})
-    _tree(bug.root.parents[1] / "trees" / "published", "unknown")
+    other = bug.changed(own_packages=("==0.5.12",))
+    _tree(bug.trees / "published", "unknown")
     _installed(monkeypatch, torch="2.10.0+cpu", transformers="5.6.0")
-    for verdict in _verify(tables):
+    for verdict in other.verify():
         assert (verdict.outcome, verdict.holds, verdict.passed) == (Outcome.NOT_RUN, True, 0)
         assert verdict.detail == "on SGLang 0.5.12 this test needs torch 2.11.0: here is 2.10.0+cpu"
     # The same packages but for the build; then it is an error that the tree does not import.
     _installed(monkeypatch, torch="2.11.0+cpu", transformers="5.6.0")
-    assert next((each.outcome, each.holds) for each in _verify(tables)) == (Outcome.ERROR, False)
+    assert next((each.outcome, each.holds) for each in other.verify()) == (Outcome.ERROR, False)
 
 
-def test_release_that_a_test_does_not_fit(bug: Catalog) -> None:
-    fix = bug.fixes["bug"]
-    suite = dataclasses.replace(fix.suite, not_run={"<0.5.12": "older", "==0.5.12": "another class"})
-    tables = dataclasses.replace(bug, fixes={"bug": dataclasses.replace(fix, suite=suite)})
-    assert [(each.outcome, each.holds, each.detail) for each in _verify(tables)] == [
+def test_release_that_a_test_does_not_fit(bug: Bug) -> None:
+    other = bug.changed(not_run={"<0.5.12": "older", "==0.5.12": "another class"})
+    assert [(each.outcome, each.holds, each.detail) for each in other.verify()] == [
         (Outcome.NOT_RUN, True, "another class")
     ] * 2
 
 
-def test_release_without_a_wheel_for_this_python(bug: Catalog) -> None:
+def test_release_without_a_wheel_for_this_python(bug: Bug) -> None:
     version = Version("0.5.12")
-    release = dataclasses.replace(bug.releases[version], python=("3.99",))
-    tables = dataclasses.replace(bug, releases={**bug.releases, version: release})
+    release = dataclasses.replace(bug.tables.releases[version], python=("3.99",))
+    tables = dataclasses.replace(bug.tables, releases={**bug.tables.releases, version: release})
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert [(each.outcome, each.holds, each.detail) for each in _verify(tables)] == [
+    assert [(each.outcome, each.holds, each.detail) for each in Bug(tables, bug.suite).verify()] == [
         (Outcome.NOT_RUN, True, f"SGLang 0.5.12 has no wheel for Python {python}")
     ] * 2
 
 
-def test_what_is_not_run_is_counted(bug: Catalog, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    fix = bug.fixes["bug"]
-    other = dataclasses.replace(fix.suite, own_packages=("==0.5.12",))
-    fixes = {"bug": fix, "other": dataclasses.replace(fix, name="other", suite=other)}
-    monkeypatch.setattr(catalog, "load", lambda: dataclasses.replace(bug, fixes=fixes))
+def test_what_is_not_run_is_counted(bug: Bug, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix = bug.tables.fixes["bug"]
+    fixes = {"bug": fix, "other": dataclasses.replace(fix, name="other")}
+    (bug.root / "patches" / "0.5.12" / "other.patch").write_bytes(
+        (bug.root / "patches" / "0.5.12" / "bug.patch").read_bytes()
+    )
+    release = dataclasses.replace(bug.tables.release("0.5.12"), fixes=("bug", "other"))
+    releases = {**bug.tables.releases, release.version: release}
+    tables = dataclasses.replace(bug.tables, fixes=fixes, releases=releases)
+    monkeypatch.setattr(catalog, "load", lambda: tables)
+    suites = {"bug": bug.suite, "other": dataclasses.replace(bug.suite, own_packages=("==0.5.12",))}
+    monkeypatch.setattr(expected, "load", lambda _, fix: Expected(fix, suites[fix.name]))
     _installed(monkeypatch, torch="2.10.0", transformers="5.5.0")
     result = command("verify", "--release", "0.5.12")
     assert result.code == 0
@@ -247,66 +268,93 @@ def test_what_is_not_run_is_counted(bug: Catalog, command: Command, monkeypatch:
     assert (result.code, result.out.splitlines()[-1]) == (1, "0 of 2 run, 0 as they should be")
 
 
+def test_a_run_that_was_cut_goes_on(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has seen is not run again; what is another by now is."""
+    cache = bug.root / "cache"
+    original = Runner.run
+
+    def ran(limit: int) -> list[str]:
+        names: list[str] = []
+
+        def run(runner: Runner, tree: Path, *rest: Any) -> Any:
+            names.append(tree.name)
+            if len(names) > limit:
+                raise KeyboardInterrupt
+            return original(runner, tree, *rest)
+
+        monkeypatch.setattr(Runner, "run", run)
+        monkeypatch.setattr(verify.os, "cpu_count", lambda: 1)
+        with contextlib.suppress(KeyboardInterrupt):
+            verify.run(bug.tables, [bug.expected()], [bug.tables.release("0.5.12")], cache)
+        return names
+
+    assert ran(limit=1) == ["published", "patched"]
+    (file,) = (cache / "verify").iterdir()
+    assert [each["tree"] for each in json.loads(file.read_text())["cells"]] == ["published"]
+    assert ran(limit=9) == ["patched"]
+    # After a whole one, all is run anew.
+    assert ran(limit=1) == ["published", "patched"]
+    _write_test(bug, TESTS + "\n# other words\n")
+    assert ran(limit=9) == ["published", "patched"]
+
+
 @pytest.fixture
-def absent(bug: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
+def absent(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> Bug:
     """The bug came with 0.5.12, in a file that 0.5.11 lacks."""
-    trees = tmp_path / "trees"
-    (trees / "published" / "sglang_bug.py").touch()
-    _tree(trees / "0.5.11", 99)
+    (bug.trees / "published" / "sglang_bug.py").touch()
+    _tree(bug.trees / "0.5.11", 99)
     monkeypatch.setattr(
         verify.Trees,
         "published",
-        lambda _, release: trees / ("0.5.11" if str(release.version) == "0.5.11" else "published"),
+        lambda _, release: bug.trees / ("0.5.11" if str(release.version) == "0.5.11" else "published"),
     )
-    cells = {"==0.5.11": Cell(CellState.NOT_AFFECTED), "==0.5.12": Cell(CellState.PATCH)}
-    return _with(bug, cells=cells, code="sglang_bug.py")
+    return bug.changed({"states": {"==0.5.11": State.NOT_AFFECTED}, "code": ("sglang_bug.py",)})
 
 
-def _verify_the_older(tables: Catalog) -> Verdict:
-    (verdict,) = verify.run(tables, [tables.fixes["bug"]], [tables.releases[Version("0.5.11")]], tables.root)
-    return verdict
-
-
-def test_absent_code(absent: Catalog, tmp_path: Path) -> None:
-    verdict = _verify_the_older(absent)
+def test_absent_code(absent: Bug) -> None:
+    (verdict,) = absent.verify("0.5.11")
     assert (verdict.outcome, verdict.holds, verdict.detail) == (Outcome.ABSENT, True, "")
-    (tmp_path / "trees" / "0.5.11" / "sglang_bug.py").touch()
-    verdict = _verify_the_older(absent)
+    (absent.trees / "0.5.11" / "sglang_bug.py").touch()
+    (verdict,) = absent.verify("0.5.11")
     assert (verdict.outcome, verdict.detail) == (Outcome.ERROR, "has sglang_bug.py")
 
 
-def test_mistyped_code_is_not_absent(absent: Catalog) -> None:
+def test_mistyped_code_is_not_absent(absent: Bug) -> None:
     """Whatever the release, a path that none has would be missing from it."""
-    tables = _with(absent, code="python/sglang_bug.py")
-    verdict = _verify_the_older(tables)
+    mistyped = absent.changed({"code": ("python/sglang_bug.py",)})
+    (verdict,) = mistyped.verify("0.5.11")
     assert (verdict.outcome, verdict.holds) == (Outcome.ERROR, False)
-    words = "no python/sglang_bug.py in 0.5.12: correct `code` of bug in fixes.toml"
+    words = "no python/sglang_bug.py in 0.5.12: correct `code` in patches/fixes/bug.toml"
     assert verdict.detail == words
-    assert [(each.outcome, each.detail) for each in _verify(tables)] == [(Outcome.ERROR, words)] * 2
+    assert [(each.outcome, each.detail) for each in mistyped.verify()] == [(Outcome.ERROR, words)] * 2
 
 
-def test_no_patch_yet(bug: Catalog) -> None:
-    (bug.root / "0.5.12" / "series").write_text("")
-    _tree(bug.root.parents[1] / "trees" / "patched", 99)
-    red, green = _verify(bug)
-    assert (red.outcome, red.detail) == (Outcome.RED, "")
+def test_no_patch_yet(bug: Bug) -> None:
+    """The red can be seen before there is a patch."""
+    (red,) = bug.changed({"states": {"==0.5.12": State.VULNERABLE}, "patched": frozenset[Version]()}).verify()
+    assert (red.outcome, red.holds, red.detail) == (Outcome.RED, True, "")
+
+
+def test_a_patch_that_cannot_be_read(bug: Bug) -> None:
+    (bug.root / "patches" / "0.5.12" / "bug.patch").write_text("nonsense")
+    _, green = bug.verify()
     assert green.outcome is Outcome.ERROR
-    assert green.detail.startswith("no patch of bug in patches/0.5.12/series; TestBug::test_bug fails: ")
+    assert "bug.patch: not a patch of files under python/sglang/" in green.detail
 
 
-def test_no_such_test(bug: Catalog) -> None:
-    test = bug.root.parent / bug.fixes["bug"].suite.test
+def test_no_such_test(bug: Bug) -> None:
+    test = bug.root / bug.suite.test
     test.unlink()
     with pytest.raises(PatchsetError) as refusal:
-        _verify(bug)
-    words = "no such file: write it, or correct `test` of bug in fixes.toml"
+        bug.verify()
+    words = "no such file: write it, or correct `test` in expected.toml beside it"
     assert str(refusal.value) == f"{test}: {words}"
-    test.parent.rmdir()
+    shutil.rmtree(test.parents[1])
     with pytest.raises(PatchsetError, match="work in a clone of sglang-patchset"):
-        _verify(bug)
+        bug.verify()
 
 
-def test_what_is_ended_runs_no_further(bug: Catalog, tmp_path: Path) -> None:
+def test_what_is_ended_runs_no_further(bug: Bug, tmp_path: Path) -> None:
     """Neither the test that runs, nor what it started, nor one that comes later."""
     child = tmp_path / "child"
     _write_test(
@@ -318,15 +366,13 @@ def test_what_is_ended_runs_no_further(bug: Catalog, tmp_path: Path) -> None:
         f"        open({str(child)!r}, 'w').write(f'{{process.pid}}\\n')\n"
         "        time.sleep(600)\n",
     )
-    fix = bug.fixes["bug"]
-    release = bug.releases[Version("0.5.12")]
-    cell = verify.Cell(release, fix, fix.suite, verify.Tree.PUBLISHED, Outcome.RED)
+    arguments = (bug.trees / "published", [bug.suite.test], "log", {})
     with ThreadPoolExecutor() as pool:
-        with verify.Runner(bug.root.parent) as runner:
-            running = pool.submit(runner.verify, tmp_path / "trees" / "published", [cell])
+        with Runner(bug.root) as runner:
+            running = pool.submit(runner.run, *arguments)
             while not child.exists() or not child.read_text():
                 assert not running.done()
-        for each in (running, pool.submit(runner.verify, tmp_path / "trees" / "published", [cell])):
+        for each in (running, pool.submit(runner.run, *arguments)):
             with pytest.raises(CancelledError):
                 each.result(timeout=30)
     state = Path(f"/proc/{child.read_text().strip()}/stat")

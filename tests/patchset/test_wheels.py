@@ -5,7 +5,6 @@ from __future__ import annotations
 import email
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -141,7 +140,7 @@ def test_same_bytes_by_every_python(wheels: Mapping[str, Path], built: Path, tmp
         needs = [
             python,
             "-c",
-            "import packaging, wheel, rich; import sys; sys.version_info < (3, 11) and __import__('tomli')",
+            "import packaging; import sys; sys.version_info < (3, 11) and __import__('tomli')",
         ]
         if subprocess.run(needs, capture_output=True, env=env, check=False).returncode:
             continue
@@ -154,7 +153,7 @@ def test_same_bytes_by_every_python(wheels: Mapping[str, Path], built: Path, tmp
         pytest.skip("no other Python from 3.10 on")
 
 
-def test_releases_toml_lists_the_patched_wheels(
+def test_the_patched_wheels_are_listed(
     wheels: Mapping[str, Path], tables: Catalog, command: Command, tmp_path: Path
 ) -> None:
     """Those of this interpreter are made; scripts/list_patched.py makes them all."""
@@ -163,14 +162,14 @@ def test_releases_toml_lists_the_patched_wheels(
         names = [
             name.replace(f"-{release.version}-", f"-{release.patched_version}-") for name in release.wheels
         ]
-        assert list(release.patched) == names
+        assert sorted(release.patched) == sorted(names)
         published = wheels[str(release.version)]
         assert command("wheel", published, tmp_path).code == 0
         made = tmp_path / names[list(release.wheels).index(published.name)]
         assert releases.sha256(made) == release.patched[made.name]
         for wheel, state, words in (
             (published, "published", "the published wheel, by its sha256"),
-            (made, "patched", "the patched wheel that releases.toml lists, by its sha256"),
+            (made, "patched", "the patched wheel that patched.sha256 lists, by its sha256"),
         ):
             assert json.loads(command("status", wheel, "--json").out)["wheel"] == state
             assert words in command("status", wheel).out
@@ -178,28 +177,35 @@ def test_releases_toml_lists_the_patched_wheels(
         archive.comment = b"x"
     result = command("status", made)
     assert result.code == 0
-    assert "its sha256 is none that releases.toml lists" in result.out
+    assert "its sha256 is none that is listed" in result.out
 
 
 def test_patched_wheels_are_listed_by_a_script(wheels: Mapping[str, Path], project: Path) -> None:
-    table = project / "patches" / "releases.toml"
-    text = table.read_text()
     shutil.copytree(ROOT / "scripts", project / "scripts")
-    ours = [path.name.partition("-")[2].partition("-")[2] for path in wheels.values()]
-    lines = [
-        line for line in text.splitlines(keepends=True) if not line.startswith('"sglang-') or ours[0] in line
-    ]
     shelf = project / "shelf"
     shelf.mkdir()
-    for wheel in wheels.values():
+    expected = {}
+    for release, wheel in wheels.items():
         shutil.copy(wheel, shelf)
-    expected = "".join(lines)
-    for before in (expected, re.sub(r'\n\[.*patched\]\n(".*\n)*', "", expected)):
-        table.write_text(before)
+        tag = wheel.name.split("-", 2)[2]
+        for name in ("wheels.sha256", "patched.sha256"):
+            listed = project / "patches" / release / name
+            lines = listed.read_text().splitlines(keepends=True)
+            expected[listed] = "".join(line for line in lines if line.rstrip().endswith(tag))
+            listed.write_text(expected[listed])
+    for away in (False, True):
+        for listed in expected:
+            if away and listed.name == "patched.sha256":
+                listed.unlink()
         env = {**os.environ, "PYTHONPATH": str(project / "python")}
         script = [sys.executable, str(project / "scripts" / "list_patched.py"), str(shelf)]
         subprocess.run(script, check=True, capture_output=True, env=env)
-        assert table.read_text() == expected
+        assert {listed: listed.read_text() for listed in expected} == expected
+    # They are what `sha256sum --check` reads.
+    for listed in expected:
+        if listed.name == "wheels.sha256":
+            check = ["sha256sum", "--check", "--quiet", str(listed)]
+            assert subprocess.run(check, cwd=shelf, capture_output=True, check=False).returncode == 0
 
 
 def test_pip_takes_the_patched_wheel_over_the_published_one(

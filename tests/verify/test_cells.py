@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 
 from sglang_patchset import catalog
-from sglang_patchset.catalog import CellState
-from sglang_patchset.proof import verify
-from sglang_patchset.proof.verify import Outcome, Tree, Verdict
+from sglang_patchset.catalog import State
+from sglang_patchset.proof import expected, verify
+from sglang_patchset.proof.judge import Verdict
+from sglang_patchset.proof.plan import Outcome, Tree
 
 TABLES = catalog.load()
 RELEASES = list(TABLES.releases.values())
-TREES = Path(__file__).parents[2] / ".cache" / "trees"
+CACHE = Path(__file__).parents[2] / ".cache"
 
-_EXPECTED = {
-    CellState.PATCH: {Tree.PUBLISHED: Outcome.RED, Tree.PATCHED: Outcome.GREEN},
-    CellState.UNPATCHED: {Tree.PUBLISHED: Outcome.RED},
-    CellState.UPSTREAM: {Tree.PUBLISHED: Outcome.GREEN},
-    CellState.NOT_AFFECTED: {Tree.PUBLISHED: Outcome.ABSENT},
+# What the published tree has to say where there is no patch.
+_PUBLISHED = {
+    State.VULNERABLE: Outcome.RED,
+    State.IN_PART: Outcome.GREEN,
+    State.UPSTREAM: Outcome.GREEN,
+    State.NOT_AFFECTED: Outcome.ABSENT,
 }
 CELLS = [
     pytest.param(
@@ -31,13 +33,17 @@ CELLS = [
     for release in RELEASES
     for fix in TABLES.fixes.values()
     if (cell := fix.cell(release.version))
-    for tree, outcome in _EXPECTED[cell.state].items()
+    for tree, outcome in (
+        {Tree.PUBLISHED: Outcome.RED, Tree.PATCHED: Outcome.GREEN}
+        if cell.patch
+        else {Tree.PUBLISHED: _PUBLISHED[cell.state]}
+    ).items()
 ]
 
 
 @pytest.fixture(scope="module")
 def verdicts() -> Mapping[tuple[str, str, Tree], Verdict]:
-    found = verify.run(TABLES, list(TABLES.fixes.values()), RELEASES, TREES)
+    found = verify.run(TABLES, expected.load_all(TABLES), RELEASES, CACHE)
     return {(each.release, each.fix, each.tree): each for each in found}
 
 

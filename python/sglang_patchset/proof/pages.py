@@ -57,9 +57,9 @@ def _evidence(catalog: Catalog) -> Iterator[str]:
     every = {(fix.name, str(version)) for fix in catalog.fixes.values() for version in fix.patched}
     tested = {(job.fix.name, str(job.release.version)) for job in cuda.jobs(catalog)}
     yield (
-        f"{len(there)} of {len(every)} patches were seen red and green on a GPU, by the same file: red on the "
-        "release as published, for the reason that the bug gives, and green on the patched tree. There are "
-        f"tests that need GPUs for {len(tested)}; what is proved without one, `./scripts/test.sh` shows.\n"
+        f"{len(there)} of {len(every)} patches were seen red and green on a GPU, by the same file: red on "
+        "the release as published, for the reason that the bug gives, and green on the patched tree. There "
+        f"are tests that need GPUs for {len(tested)}; what is proved without one, `./scripts/test.sh` shows.\n"
     )
     yield results.table(catalog)
     if missing := sorted(every - there):
@@ -77,8 +77,8 @@ def _evidence(catalog: Catalog) -> Iterator[str]:
         yield "\n".join(f"- {sentence}" for sentence in figured).replace("(results/", "(../results/")
         yield ""
     yield (
-        "`sglang-patchset report` makes one page of all of `results/`, with plots and spreads. The runs behind "
-        "it: `scripts/gpu_test.sh`; `scripts/bench_tool.py` and `scripts/bench_tests.py` anywhere; "
+        "`sglang-patchset report` makes one page of all of `results/`, with plots and spreads. The runs "
+        "behind it: `scripts/gpu_test.sh`; `scripts/bench_tool.py` and `scripts/bench_tests.py` anywhere; "
         "`scripts/bench_overhead.py` and `scripts/bench_mtp_reuse.py` on a GPU, in the environment of "
         "`scripts/gpu_test.sh`."
     )

@@ -50,7 +50,7 @@ def run(
     trees = Trees(catalog, cache / "trees")
     versions = {name: metadata.version(name) for name in ("torch", "transformers") if util.find_spec(name)}
     record = Run.start(catalog, cache / "verify", "cpu", {"python": sys.version.split()[0], **versions})
-    found = {
+    known = {
         (job.release.version, job.fix.name, job.tree): verdict
         for release in releases
         for tree in Tree
@@ -70,17 +70,17 @@ def run(
     groups = [
         (path, missing)
         for path, jobs in plan.grouped(suites, releases, trees)
-        if (missing := [job for job in jobs if (job.release.version, job.fix.name, job.tree) not in found])
+        if (missing := [job for job in jobs if (job.release.version, job.fix.name, job.tree) not in known])
     ]
     with Runner(catalog.clone()) as runner, ThreadPoolExecutor(os.cpu_count()) as pool:
         # There are as many processes as cores.
         running = {pool.submit(done, path, jobs): jobs for path, jobs in groups}
         for future in completed(pool, runner, list(running)):
             for job, verdict in zip(running[future], future.result(), strict=True):
-                found[job.release.version, job.fix.name, job.tree] = verdict
+                known[job.release.version, job.fix.name, job.tree] = verdict
     record.finish()
     return [
-        found[release.version, job.fix.name, tree]
+        known[release.version, job.fix.name, tree]
         for release in releases
         for tree in Tree
         for job in plan.jobs(release, tree, suites)
