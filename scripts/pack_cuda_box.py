@@ -320,7 +320,7 @@ def make_trees(tables: Catalog) -> list[Path]:
     made = []
     for release in tables.releases.values():
         made += [trees.published(release), trees.patched(release)]
-    made += [trees.partly(job.release, job.suite.base_has) for job in cuda.jobs(tables)]
+    made += [trees.partly(job.release, job.suite.base_has, without=job.fix.name) for job in cuda.jobs(tables)]
     return list(dict.fromkeys(made))
 
 

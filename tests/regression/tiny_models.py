@@ -6,8 +6,9 @@ and hidden sizes are cut down.
 """
 
 import json
+import math
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Sequence
 
 import torch
 
@@ -43,8 +44,8 @@ def _write_model(path: Path, config: Dict[str, Any]) -> str:
     return str(path)
 
 
-def deepseek_v4(path: Path, num_layers: int = 4) -> str:
-    """DeepSeek-V4 with three hash layers and FP8 block weights, to be loaded dummy."""
+def deepseek_v4(path: Path, num_layers: int = 4, **overrides: Any) -> str:
+    """DeepSeek-V4 with three hash layers and FP8 block weights."""
     return _write_model(
         path,
         dict(
@@ -98,8 +99,119 @@ def deepseek_v4(path: Path, num_layers: int = 4) -> str:
                 weight_block_size=[128, 128],
                 scale_fmt="ue8m0",
             ),
-        ),
+        )
+        | overrides,
     )
+
+
+def deepseek_v4_weights(
+    config: Dict[str, Any], seed: int, hot_experts: Sequence[int], device: str
+) -> Dict[str, torch.Tensor]:
+    """Weights under the names of a released checkpoint, without a next-token layer.
+
+    The layers that score choose `hot_experts` for every token, by a bias that no
+    rounding makes up for, and these weigh much in the output. FP8 weights have scales
+    (rows / 128, columns / 128) that are powers of two.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    def linear(out_features: int, in_features: int) -> torch.Tensor:
+        return (randn(out_features, in_features) * in_features**-0.5).bfloat16().cpu()
+
+    def fp8(name: str, out_features: int, in_features: int, gain: float = 1.0):
+        scale = 2.0 ** round(math.log2(gain * in_features**-0.5))
+        blocks = out_features // 128, in_features // 128
+        weight = randn(out_features, in_features).to(torch.float8_e4m3fn)
+        return {
+            f"{name}.weight": weight.cpu(),
+            f"{name}.scale": torch.full(blocks, scale),
+        }
+
+    def mlp(name: str, gain: float = 1.0) -> Dict[str, torch.Tensor]:
+        size = config["moe_intermediate_size"]
+        return (
+            fp8(f"{name}.w1", size, hidden)
+            | fp8(f"{name}.w3", size, hidden)
+            | fp8(f"{name}.w2", hidden, size, gain)
+        )
+
+    def compressor(name: str, ratio: int, dim: int) -> Dict[str, torch.Tensor]:
+        # Those of four tokens overlap.
+        dim_out = dim * (2 if ratio == 4 else 1)
+        return {
+            f"{name}.wkv.weight": linear(dim_out, hidden),
+            f"{name}.wgate.weight": linear(dim_out, hidden),
+            f"{name}.ape": torch.zeros(ratio, dim_out),
+            f"{name}.norm.weight": torch.ones(dim),
+        }
+
+    hidden, heads, dim = (
+        config["hidden_size"],
+        config["num_attention_heads"],
+        config["head_dim"],
+    )
+    q_lora, o_lora, groups = (
+        config["q_lora_rank"],
+        config["o_lora_rank"],
+        config["o_groups"],
+    )
+    vocab_size, num_experts = config["vocab_size"], config["n_routed_experts"]
+    hc_mult = config["hc_mult"]
+    hc_out = (2 + hc_mult) * hc_mult
+    bias = torch.zeros(num_experts)
+    bias[list(hot_experts)] = 10.0
+    weights = {
+        "embed.weight": randn(vocab_size, hidden).bfloat16().cpu(),
+        "head.weight": linear(vocab_size, hidden),
+        "norm.weight": torch.ones(hidden).bfloat16(),
+        "hc_head_fn": linear(hc_mult, hc_mult * hidden).float(),
+        "hc_head_base": torch.zeros(hc_mult),
+        "hc_head_scale": torch.ones(1),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        p = f"layers.{layer}"
+        a = f"{p}.attn"
+        for name in ("attn", "ffn"):
+            weights |= {
+                f"{p}.{name}_norm.weight": torch.ones(hidden).bfloat16(),
+                f"{p}.hc_{name}_fn": linear(hc_out, hc_mult * hidden).float(),
+                f"{p}.hc_{name}_base": torch.zeros(hc_out),
+                f"{p}.hc_{name}_scale": torch.ones(3),
+            }
+        weights |= {
+            f"{a}.attn_sink": torch.zeros(heads),
+            f"{a}.q_norm.weight": torch.ones(q_lora).bfloat16(),
+            f"{a}.kv_norm.weight": torch.ones(dim).bfloat16(),
+        }
+        weights |= fp8(f"{a}.wq_a", q_lora, hidden)
+        weights |= fp8(f"{a}.wkv", dim, hidden)
+        weights |= fp8(f"{a}.wq_b", heads * dim, q_lora)
+        weights |= fp8(f"{a}.wo_a", groups * o_lora, heads * dim // groups)
+        weights |= fp8(f"{a}.wo_b", hidden, groups * o_lora)
+        ratio = config["compress_ratios"][layer]
+        if ratio:
+            weights |= compressor(f"{a}.compressor", ratio, dim)
+        if ratio == 4:
+            index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
+            weights |= fp8(f"{a}.indexer.wq_b", index_heads * index_dim, q_lora)
+            weights |= compressor(f"{a}.indexer.compressor", ratio, index_dim)
+            weights[f"{a}.indexer.weights_proj.weight"] = linear(index_heads, hidden)
+        weights[f"{p}.ffn.gate.weight"] = linear(num_experts, hidden)
+        if layer < config["num_hash_layers"]:
+            order = torch.rand(
+                vocab_size, num_experts, generator=generator, device=device
+            ).argsort()
+            table = order[:, : config["num_experts_per_tok"]].int()
+            weights[f"{p}.ffn.gate.tid2eid"] = table.contiguous().cpu()
+        else:
+            weights[f"{p}.ffn.gate.bias"] = bias.clone()
+        weights |= mlp(f"{p}.ffn.shared_experts")
+        for expert in range(num_experts):
+            weights |= mlp(f"{p}.ffn.experts.{expert}", gain=4.0)
+    return weights
 
 
 def glm_moe_dsa(path: Path, num_layers: int = 6, **overrides: Any) -> str:

@@ -189,7 +189,7 @@ def run(
 def _tree(trees: Trees, job: Job) -> Path:
     if job.tree is Tree.PATCHED:
         return trees.patched(job.release)
-    return trees.partly(job.release, job.suite.base_has)
+    return trees.partly(job.release, job.suite.base_has, without=job.fix.name)
 
 
 class _Slots:

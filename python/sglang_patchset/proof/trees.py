@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.tags import Tag
@@ -39,13 +40,13 @@ class Trees:
         """The release with every fix of its series. As `published` otherwise."""
         return self.partly(release, [patch.fix for patch in patches.load(self._catalog, release).patches])
 
-    def partly(self, release: Release, fixes: Collection[str]) -> Path:
+    def partly(self, release: Release, fixes: Collection[str], without: str = "") -> Path:
         """The release with those of the fixes that it has a patch for, and with what they need.
 
-        As `published` otherwise.
+        `without` is left out, although some of them may need it. As `published` otherwise.
         """
         listed = patches.load(self._catalog, release).patches
-        wanted = {*fixes}.union(*(patch.needs for patch in listed if patch.fix in fixes))
+        wanted = {*fixes}.union(*(patch.needs for patch in listed if patch.fix in fixes)) - {without}
         chosen = [patch for patch in listed if patch.fix in wanted]
         if not chosen:
             return self.published(release)
@@ -81,7 +82,11 @@ class Trees:
     def _patch(self, release: Release, fixes: list[str], draft: Path) -> None:
         # The bytecode of what the series leaves alone is good for the patched tree too.
         shutil.copytree(self.published(release), draft)
-        repair.apply(self._catalog, Package(draft / "sglang", release.version), fixes)
+        among = {
+            name: replace(fix, needs=tuple(each for each in fix.needs if each in fixes))
+            for name, fix in self._catalog.fixes.items()
+        }
+        repair.apply(replace(self._catalog, fixes=among), Package(draft / "sglang", release.version), fixes)
 
 
 def _intact(tree: Path) -> bool:

@@ -6,13 +6,12 @@ layers between reuse the indices of the layer before. Below index_topk tokens of
 context every token is selected and no mistake shows in the output, so these tests
 count the indexer's runs and compare the indices that reach the attention kernel.
 
-The real configuration parser, models, attention layers, EAGLE workers and attention
-backend run, on the CPU. What stands in for a GPU kernel or a process group is a stub:
-the linear layers, norms, MoE and communicator, the indexer's kernels (it counts
-instead) and FlashAttention 3 (it records what it would read).
+The real configuration parser, models and attention layers run, on the CPU. What stands
+in for a GPU kernel or a process group is a stub: the linear layers, norms, MoE and
+communicator, the indexer's kernels (it counts instead) and the attention backend (it
+records what it would read).
 """
 
-import copy
 import dataclasses
 import importlib
 import json
@@ -35,29 +34,18 @@ from sglang.test.test_utils import CustomTestCase, maybe_stub_sgl_kernel
 
 maybe_stub_sgl_kernel()
 
-from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
 from sglang.srt.layers.communicator import AttentionInputs, get_attn_tp_context
-from sglang.srt.model_executor.forward_batch_info import (
-    CaptureHiddenMode,
-    ForwardBatch,
-    ForwardMode,
-)
-from sglang.srt.models import deepseek_nextn, deepseek_v2
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.models import deepseek_v2
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
-from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.utils.hf_transformers_utils import get_config
 
 try:
-    from sglang.srt.layers.attention import dsa_backend as sparse_backend
+    from sglang.srt.layers.attention import dsa_backend  # noqa: F401
 
-    SparseAttnBackend = sparse_backend.DeepseekSparseAttnBackend
     SPARSE_BACKEND = "dsa"
 except ImportError:
-    from sglang.srt.layers.attention import nsa_backend as sparse_backend
-
-    SparseAttnBackend = sparse_backend.NativeSparseAttnBackend
     SPARSE_BACKEND = "nsa"
 
 try:  # since 0.5.14
@@ -75,11 +63,10 @@ V_HEAD_DIM = 4
 Q_LORA_RANK = 4
 KV_LORA_RANK = 4
 INDEX_TOPK = 8
-VOCAB_SIZE = 32
 
 # What the models need, small enough that 78 layers take a fraction of a second.
 TINY_MODEL = dict(
-    vocab_size=VOCAB_SIZE,
+    vocab_size=32,
     hidden_size=HIDDEN_SIZE,
     intermediate_size=HIDDEN_SIZE,
     moe_intermediate_size=HIDDEN_SIZE,
@@ -416,7 +403,7 @@ def cpu_layers(runs):
     one_rank = SimpleNamespace(
         is_first_rank=True, is_last_rank=True, rank_in_group=0, world_size=1
     )
-    everywhere = {
+    stubs = {
         "ReplicatedLinear": StubLinear,
         "ColumnParallelLinear": StubLinear,
         "RowParallelLinear": StubLinear,
@@ -425,8 +412,6 @@ def cpu_layers(runs):
         "get_pp_group": lambda: one_rank,
         "is_dp_attention_enabled": lambda: False,
         "get_embedding_tp_kwargs": dict,
-    }
-    layer = {
         "Indexer": indexer,
         "DeepseekV2MLP": StubMLP,
         "DeepseekV2MoE": StubMoE,
@@ -439,12 +424,8 @@ def cpu_layers(runs):
         "get_tensor_model_parallel_world_size": lambda: 1,
     }
     with ExitStack() as stack:
-        for module, stubs in (
-            (deepseek_v2, {**everywhere, **layer}),
-            (deepseek_nextn, everywhere),
-        ):
-            for name, stub in stubs.items():
-                stack.enter_context(patch.object(module, name, stub, create=True))
+        for name, stub in stubs.items():
+            stack.enter_context(patch.object(deepseek_v2, name, stub, create=True))
         yield
 
 
@@ -662,6 +643,12 @@ class TestSchedule(ModelTestCase):
                 model_config(5, **kwargs), [0, 1, 2, 3, 4], "no index_topk_freq"
             )
 
+    def test_null_frequency(self):
+        # Of DeepSeek's: GlmMoeDsaConfig takes none.
+        for kwargs in ({}, {"index_skip_topk_offset": 3}):
+            config = model_config(5, index_topk_freq=None, **kwargs)
+            self.assert_schedule(config, [0, 1, 2, 3, 4], "index_topk_freq=None")
+
     def test_pattern(self):
         for pattern in ("F", "FS", "FSSSS", "FFFFF", "FSFSSFF", "FFSSSFSSS"):
             expected = [l for l, kind in enumerate(pattern) if kind == "F"]
@@ -872,327 +859,6 @@ class TestGateDensePrefill(ModelTestCase):
         self.assertEqual(self.num_runs(0, is_nextn=True), 1)
 
 
-class StubKVPool:
-    """Enough of a KV cache for NativeSparseAttnBackend.forward_decode."""
-
-    def set_mla_kv_buffer(self, layer, loc, k_nope, k_rope):
-        pass
-
-    def get_key_buffer(self, layer_id):
-        return torch.zeros(4, 1, KV_LORA_RANK + QK_ROPE_HEAD_DIM)
-
-
-def make_fa3_backend(lengths):
-    """The real sparse backend as after init_forward_metadata on Hopper.
-
-    Its constructor asks for a GPU, so it is not run.
-    """
-    backend = object.__new__(SparseAttnBackend)
-    backend.num_splits = 0
-    backend.use_mha = False
-    backend.use_fused_topk = True
-    for phase in ("prefill", "decode"):
-        setattr(backend, f"{phase}_attention_backend_str", SPARSE_BACKEND)
-    backend.hisparse_coordinator = None
-    backend.token_to_kv_pool = StubKVPool()
-    metadata = {"cache_seqlens_int32": lengths}
-    for prefix in ("nsa", "dsa"):
-        setattr(backend, f"{prefix}_decode_impl", "fa3")
-        setattr(backend, f"{prefix}_topk_backend", MagicMock())
-        metadata[f"{prefix}_cache_seqlens_int32"] = lengths.clamp(max=INDEX_TOPK)
-        metadata[f"{prefix}_cu_seqlens_q"] = None
-        metadata[f"{prefix}_cu_seqlens_k"] = None
-        metadata[f"{prefix}_max_seqlen_q"] = 1
-    backend.forward_metadata = SimpleNamespace(**metadata)
-    return backend
-
-
-class DraftRunner:
-    """The draft model runner: forward runs the real next-token model, eagerly."""
-
-    def __init__(self, config, copy_batch):
-        self.model_config = SimpleNamespace(hf_config=config)
-        self.copy_batch = copy_batch
-        self.canary_manager = None
-        self.runs = []
-        with cpu_layers(self.runs):
-            self.model = finish_loading(deepseek_nextn.DeepseekModelNextN(config))
-
-    def forward(self, forward_batch, *args, **kwargs):
-        batch = self.copy_batch(forward_batch)
-        hidden_states = self.model(batch.input_ids, batch.positions, batch)
-        # The next token is the successor of the last one.
-        tokens = torch.arange(VOCAB_SIZE)
-        successor = (batch.input_ids.unsqueeze(1) + 1) % VOCAB_SIZE
-        return SimpleNamespace(
-            logits_output=SimpleNamespace(
-                next_token_logits=-(tokens - successor).abs().float(),
-                hidden_states=hidden_states,
-            )
-        )
-
-
-class DraftError(Exception):
-    pass
-
-
-class DraftWorker:
-    """A worker as draft_forward sees it, on the CPU."""
-
-    def __init__(
-        self, draft_forward, steps, topk=1, copy_batch=lambda batch: batch, **config
-    ):
-        self.draft_forward = draft_forward
-        config = model_config(2, **config)
-        config.architectures = ["DeepseekV3ForCausalLMNextN"]
-        self.runner = DraftRunner(config, copy_batch)
-        self.worker = SimpleNamespace(
-            topk=topk,
-            speculative_num_steps=steps,
-            speculative_num_draft_tokens=steps + 1,
-            hot_token_id=None,
-            device="cpu",
-            server_args=SimpleNamespace(
-                speculative_algorithm="EAGLE", speculative_use_rejection_sampling=False
-            ),
-            # Whether an iteration begins with a draft extend's indices, since 0.5.15.
-            seed_dsa_topk_from_draft_extend=False,
-            model_config=self.runner.model_config,
-            draft_model_runner=self.runner,
-            draft_runner=self.runner,
-            draft_attn_backend=SimpleNamespace(attn_backends=[]),
-            # Read from the configuration by the worker since 0.5.13.post1.
-            index_share_for_mtp_iteration=topk == 1
-            and getattr(config, "index_share_for_mtp_iteration", False),
-            # Constants of a chain, prepared by the worker since 0.5.13.
-            _topk1_parents_prealloc=torch.arange(-1, steps - 1).repeat(8, 1),
-            _topk1_score_indices_prealloc=torch.arange(steps).repeat(8, 1),
-        )
-
-    def make_batch(self, seq_lens):
-        spec_info = EagleDraftInput(capture_hidden_mode=CaptureHiddenMode.LAST)
-        batch = make_decode_batch(
-            seq_lens,
-            forward_mode=ForwardMode.DECODE if seq_lens else ForwardMode.IDLE,
-            spec_info=spec_info,
-            token_to_kv_pool=StubKVPool(),
-        )
-        self.refill_batch(batch, seq_lens)
-        return batch
-
-    def refill_batch(self, batch, seq_lens):
-        """Makes `batch` and its spec_info ready for the next iteration."""
-        topk, steps = self.worker.topk, self.worker.speculative_num_steps
-        bs = len(seq_lens)
-        batch.batch_size = bs
-        batch.seq_lens = torch.tensor(seq_lens, dtype=torch.int64)
-        batch.positions = batch.seq_lens.repeat_interleave(topk)
-        batch.input_ids = torch.zeros(bs * topk, dtype=torch.int64)
-        batch.out_cache_loc = torch.arange(bs * topk * steps)
-        batch.spec_info.topk_p = torch.linspace(0.6, 0.4, topk).repeat(bs, 1)
-        batch.spec_info.topk_index = torch.arange(topk).repeat(bs, 1)
-        batch.spec_info.hidden_states = torch.zeros(bs, HIDDEN_SIZE)
-        self.worker.draft_attn_backend.attn_backends = [
-            # Every step's metadata has the lengths of the first.
-            make_fa3_backend((batch.positions + 1).to(torch.int32))
-            for _ in range(steps - 1)
-        ]
-
-    def iterate(self, batch, fail_at=None):
-        """Runs one draft iteration.
-
-        Returns what the indexer found, and the page table that FlashAttention 3 was
-        asked to read at each step. Raises DraftError at the kernel call number `fail_at`.
-        """
-        with self.recorded(fail_at) as (found, read):
-            self.draft_forward(self.worker, batch)
-        return found, read
-
-    @contextmanager
-    def recorded(self, fail_at=None):
-        self.runner.runs.clear()
-        found, read = [], []
-
-        def flash_attn_with_kvcache(*, q, qv, page_table, **kwargs):
-            if len(read) + 1 == fail_at:
-                raise DraftError()
-            read.append(page_table.clone())
-            return torch.zeros_like(qv)
-
-        with patch.object(
-            sparse_backend, "flash_attn_with_kvcache", flash_attn_with_kvcache
-        ):
-            yield found, read
-        found.extend(topk_indices for _, topk_indices in self.runner.runs)
-
-
-class DraftStepTests:
-    """index_share_for_mtp_iteration: one indexer run for a whole draft iteration."""
-
-    # Two contexts shorter than index_topk and one longer.
-    SEQ_LENS = [3, 20, 5]
-
-    module = None
-    worker_class = None
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        try:
-            module = importlib.import_module(cls.module)
-        except ModuleNotFoundError as e:
-            raise unittest.SkipTest(f"this release has no {cls.module}") from e
-        cls.draft_forward = staticmethod(
-            getattr(module, cls.worker_class).draft_forward
-        )
-
-    def make_worker(self, steps, share=True, **kwargs):
-        if share is not None:
-            kwargs["index_share_for_mtp_iteration"] = share
-        return DraftWorker(self.draft_forward, steps, **kwargs)
-
-    def assert_one_run(self, found, read, steps, what):
-        self.assertEqual(len(read), steps - 1, f"{what}: not every step attended")
-        self.assertEqual(
-            len(found),
-            1,
-            f"{what}: the indexer ran {len(found)} times in one draft iteration of "
-            f"{steps} steps, later steps did not reuse the first one's indices",
-        )
-        for step, page_table in enumerate(read):
-            self.assert_indices(
-                page_table,
-                found[0],
-                f"{what}: step {step} did not attend to the first step's indices",
-            )
-
-    def assert_a_run_for_each_step(self, found, read, steps, what):
-        self.assertEqual(len(read), steps - 1, f"{what}: not every step attended")
-        self.assertEqual(
-            len(found),
-            steps - 1,
-            f"{what}: a step reused indices that were not meant for it",
-        )
-        for step, page_table in enumerate(read):
-            self.assert_indices(
-                page_table,
-                found[step],
-                f"{what}: step {step} did not attend to its own indices",
-            )
-
-    def test_later_steps_reuse(self):
-        for steps in (2, 3, 5, 7):
-            worker = self.make_worker(steps)
-            found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
-            self.assert_one_run(found, read, steps, f"{steps} steps")
-
-    def test_later_steps_reuse_on_a_copy_of_the_batch(self):
-        # What a step writes to a copy of the batch is lost.
-        for copy_batch in (copy.copy, dataclasses.replace):
-            worker = self.make_worker(4, copy_batch=copy_batch)
-            batch = worker.make_batch(self.SEQ_LENS)
-            found, read = worker.iterate(batch)
-            self.assert_one_run(found, read, 4, f"batch by {copy_batch.__name__}")
-
-    def test_one_step(self):
-        worker = self.make_worker(1)
-        found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
-        self.assertEqual((len(found), len(read)), (0, 0))
-
-    def test_topk_above_one(self):
-        # Candidates are reordered between the steps.
-        for topk in (2, 3):
-            for steps in (3, 5):
-                worker = self.make_worker(steps, topk=topk)
-                found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
-                self.assert_a_run_for_each_step(
-                    found, read, steps, f"top-k {topk}, {steps} steps"
-                )
-
-    def test_not_configured(self):
-        for share in (None, False):
-            worker = self.make_worker(5, share=share)
-            found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
-            self.assert_a_run_for_each_step(
-                found, read, 5, f"index_share_for_mtp_iteration={share}"
-            )
-
-    def test_iterations_do_not_share(self):
-        worker = self.make_worker(4)
-        batch = worker.make_batch(self.SEQ_LENS)
-        first, read = worker.iterate(batch)
-        self.assert_one_run(first, read, 4, "first iteration")
-        for seq_lens in ([7, 24, 9], [8, 25]):
-            worker.refill_batch(batch, seq_lens)
-            found, read = worker.iterate(batch)
-            self.assertNotEqual(
-                len(found), 0, "an iteration reused the indices of an earlier one"
-            )
-            self.assert_one_run(found, read, 4, "later iteration")
-
-    def test_an_exception_ends_the_reuse(self):
-        for fail_at in (1, 2, 3):
-            worker = self.make_worker(4)
-            batch = worker.make_batch(self.SEQ_LENS)
-            with self.assertRaises(DraftError):
-                worker.iterate(batch, fail_at=fail_at)
-            worker.refill_batch(batch, self.SEQ_LENS)
-            found, read = worker.iterate(batch)
-            self.assertNotEqual(
-                len(found), 0, "an iteration reused the indices of one that failed"
-            )
-            self.assert_one_run(found, read, 4, f"after a failure at step {fail_at}")
-
-    def test_no_reuse_after_the_iteration(self):
-        worker = self.make_worker(4)
-        batch = worker.make_batch(self.SEQ_LENS)
-        worker.iterate(batch)
-        worker.refill_batch(batch, [7, 24, 9])
-        backend = worker.worker.draft_attn_backend.attn_backends[0]
-        with worker.recorded() as (found, read), attention_backend(backend, batch):
-            worker.runner.forward(batch)
-        self.assertEqual(
-            len(found), 1, "a forward pass after the iteration reused its indices"
-        )
-        self.assert_indices(
-            read[0], found[0], "a forward pass did not attend to its own indices"
-        )
-
-    def test_forward_outside_of_an_iteration(self):
-        # E.g. a draft extend, whose spec_info is of another class.
-        worker = self.make_worker(4)
-        batch = worker.make_batch(self.SEQ_LENS)
-        batch.spec_info = SimpleNamespace(hidden_states=batch.spec_info.hidden_states)
-        backend = worker.worker.draft_attn_backend.attn_backends[0]
-        for _ in range(2):
-            with worker.recorded() as (found, read), attention_backend(backend, batch):
-                worker.runner.forward(batch)
-            self.assertEqual(len(found), 1)
-            self.assert_indices(
-                read[0], found[0], "a forward pass reused the indices of another"
-            )
-
-    def test_idle_batch(self):
-        # A rank without requests takes part in the iteration of the others.
-        worker = self.make_worker(4)
-        found, read = worker.iterate(worker.make_batch([]))
-        self.assertEqual((len(found), len(read)), (0, 0))
-        found, read = worker.iterate(worker.make_batch(self.SEQ_LENS))
-        self.assertGreater(len(found), 0)
-        idle, _ = worker.iterate(worker.make_batch([]))
-        self.assertEqual(len(idle), 0)
-
-
-class TestEagleWorker(DraftStepTests, ModelTestCase):
-    module = "sglang.srt.speculative.eagle_worker"
-    worker_class = "EAGLEWorker"
-
-
-class TestEagleWorkerV2(DraftStepTests, ModelTestCase):
-    module = "sglang.srt.speculative.eagle_worker_v2"
-    worker_class = "EagleDraftWorker"
-
-
 class TestTwoBatchOverlapRefusal(ConfigOnDiskTestCase):
     """Two-batch overlap drops the indices between layers, or between stages."""
 
@@ -1253,6 +919,9 @@ class TestTwoBatchOverlapRefusal(ConfigOnDiskTestCase):
             ):
                 self.start(model, **kwargs)
 
+    def test_null_frequency(self):
+        self.start(self.DEEPSEEK_V32, index_topk_freq=None)
+
     def test_without_two_batch_overlap(self):
         for model in (GLM, self.DEEPSEEK_V32):
             for kwargs in (
@@ -1260,55 +929,6 @@ class TestTwoBatchOverlapRefusal(ConfigOnDiskTestCase):
                 {"index_topk_pattern": "FSFSFSFS"},
             ):
                 self.start(model, enable_two_batch_overlap=False, **kwargs)
-
-
-class TestTwoBatchOverlapFilter(ModelTestCase):
-    """filter_batch refuses a field with a value that it was not told about."""
-
-    # Set anew in the children, whatever the parent says.
-    RESET = {
-        "temp_scaled_logprobs",
-        "top_p_normalized_logprobs",
-        "return_hidden_states_before_norm",
-        "forward_metadata_ready",
-        "forward_metadata_replan_equivalent",
-    }
-
-    def split(self, **kwargs):
-        batch = make_decode_batch([3, 20, 5, 9], tbo_split_seq_index=2, **kwargs)
-        backend = TboAttnBackend(MagicMock(), [MagicMock(), MagicMock()])
-        with (
-            attention_backend(backend, batch),
-            # Until 0.5.13; one_rank says it since.
-            patch.object(
-                two_batch_overlap, "get_attention_tp_size", lambda: 1, create=True
-            ),
-        ):
-            two_batch_overlap.TboForwardBatchPreparer.prepare_raw(
-                batch, tbo_children_num_token_non_padded=torch.tensor([2, 2])
-            )
-        return batch.tbo_children
-
-    def test_fields_at_their_defaults(self):
-        children = self.split()
-        self.assertEqual([child.batch_size for child in children], [2, 2])
-        self.assertEqual(
-            [child.seq_lens.tolist() for child in children], [[3, 20], [5, 9]]
-        )
-
-    def test_flags_reach_the_children(self):
-        fields = dataclasses.fields(ForwardBatch)
-        flags = [field for field in fields if isinstance(field.default, bool)]
-        self.assertGreater(len(flags), 0)
-        for flag in flags:
-            for value in (False, True):
-                for child in self.split(**{flag.name: value}):
-                    if flag.name not in self.RESET:
-                        self.assertIs(
-                            getattr(child, flag.name),
-                            value,
-                            f"{flag.name}={value} is lost in a child batch",
-                        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""DSA top-k indices shared across layers and across the steps of a draft iteration.
+"""DSA top-k indices shared across layers, with real servers.
 
 A small GLM checkpoint whose sharing layers have no indexer weights, prompts longer
 than index_topk: below that every token is selected and nothing shows.
 """
 
-import collections
 import contextlib
 import json
 import os
@@ -24,7 +23,7 @@ from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 from tiny_models import NUM_WORDS, glm_moe_dsa, glm_moe_dsa_weights
 
-register_cuda_ci(est_time=300, suite="stage-b-test-1-gpu-large")
+register_cuda_ci(est_time=150, suite="stage-b-test-1-gpu-large")
 
 SEED = int(os.environ.get("REGRESSION_SEED", "0"))
 PROMPT_LENS = (3000, 5200, 8000)
@@ -43,10 +42,6 @@ ARGS = [
 # Mean error of a log-probability: bf16 rounding alone makes it 0.03 to 0.05, another
 # selection of as many keys in the sharing layers 0.14 or more.
 TOLERANCE = 0.1
-# Logits of 8 to 16 are 1/16 apart in bf16, and each of two ways to a token's hidden
-# state is some steps off; a token of another text is several units behind.
-TIE = 0.5
-SERVERS_AT_A_TIME = 3
 
 
 class Reference:
@@ -180,58 +175,6 @@ class Reference:
         return logits.log_softmax(-1)
 
 
-def count_indexer_calls() -> None:
-    """Append a JSON line to $INDEXER_CALLS for each draft iteration.
-
-    Runs in the scheduler process: multiprocessing's spawn imports the main module,
-    this file, there again. Under CUDA graphs it counts what a graph captures.
-    """
-    from sglang.srt.layers.attention.nsa.nsa_indexer import Indexer
-    from sglang.srt.speculative import eagle_worker, eagle_worker_v2
-
-    calls = 0
-    forward_cuda = Indexer.forward_cuda
-
-    def counting_forward_cuda(self, *args, **kwargs):
-        nonlocal calls
-        calls += 1
-        return forward_cuda(self, *args, **kwargs)
-
-    def counting(draft_forward):
-        def wrapped(self, forward_batch):
-            before = calls
-            result = draft_forward(self, forward_batch)
-            record = dict(
-                worker=type(self).__name__,
-                capturing=torch.cuda.is_current_stream_capturing(),
-                steps=self.speculative_num_steps,
-                calls=calls - before,
-            )
-            with open(os.environ["INDEXER_CALLS"], "a") as file:
-                file.write(json.dumps(record) + "\n")
-            return result
-
-        return wrapped
-
-    Indexer.forward_cuda = counting_forward_cuda
-    for worker in (eagle_worker.EAGLEWorker, eagle_worker_v2.EagleDraftWorker):
-        worker.draft_forward = counting(worker.draft_forward)
-
-
-def _calls(records: List[Dict]) -> Dict[int, int]:
-    """How many draft iterations ran the indexer how many times."""
-    return collections.Counter(record["calls"] for record in records)
-
-
-Draft = collections.namedtuple("Draft", "spec_v2 steps graphs")
-DRAFTS = [
-    Draft(spec_v2=True, steps=3, graphs=True),
-    Draft(spec_v2=True, steps=5, graphs=False),
-    Draft(spec_v2=False, steps=5, graphs=True),
-    Draft(spec_v2=False, steps=3, graphs=False),
-]
-
-
 @unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
 class TestDSAIndexSharingCuda(CustomTestCase):
     @classmethod
@@ -255,13 +198,12 @@ class TestDSAIndexSharingCuda(CustomTestCase):
             torch.randint(3, NUM_WORDS - 1, (n,), generator=generator).tolist()
             for n in PROMPT_LENS
         ]
-        # Servers take a minute to start, so those of later tests start meanwhile.
-        cls.pool = ThreadPoolExecutor(SERVERS_AT_A_TIME)
+        # A server takes a minute to start, so this one starts while others are tested.
+        cls.pool = ThreadPoolExecutor(1)
         cls.stack = contextlib.ExitStack()
         cls.plain = cls.pool.submit(
             cls.stack.enter_context, launch_server(cls.model, ARGS)
         )
-        cls.drafts = {draft: cls.pool.submit(cls._draft, draft) for draft in DRAFTS}
 
     @classmethod
     def tearDownClass(cls):
@@ -305,83 +247,6 @@ class TestDSAIndexSharingCuda(CustomTestCase):
             result = server.generate([self.prompts[0]], 4)[0]
         self.assertEqual(len(result["output_ids"]), 4)
 
-    @classmethod
-    def _draft(cls, draft: Draft) -> Dict:
-        calls = Path(cls.folder.name) / f"calls-{'-'.join(map(str, draft))}"
-        args = ARGS + [
-            *("--speculative-algorithm", "EAGLE"),
-            *("--speculative-num-steps", str(draft.steps)),
-            *("--speculative-eagle-topk", "1"),
-            *("--speculative-num-draft-tokens", str(draft.steps + 1)),
-        ]
-        if not draft.graphs:
-            args.append("--disable-cuda-graph")
-        env = {
-            "INDEXER_CALLS": str(calls),
-            "SGLANG_ENABLE_SPEC_V2": str(draft.spec_v2),
-        }
-        command = [sys.executable, __file__, "serve"]
-        with launch_server(cls.model, args, env, command) as server:
-            # One at a time and together; a short one crosses no top-k, but its
-            # draft steps grow past the indices that they reuse.
-            prompts = cls.prompts[:2] + [cls.prompts[0][:100]]
-            results = server.generate(prompts[:1], 24) + server.generate(prompts, 24)
-        outputs = [
-            (prompt, result["output_ids"])
-            for prompt, result in zip(prompts[:1] + prompts, results)
-        ]
-        records = [json.loads(line) for line in calls.read_text().splitlines()]
-        return dict(records=records, outputs=outputs)
-
-    def test_one_indexer_call_in_a_draft_iteration(self):
-        records = {d: run.result()["records"] for d, run in self.drafts.items()}
-        calls = {draft: _calls(records[draft]) for draft in self.drafts}
-        for draft, found in calls.items():
-            print(f"measured: {draft} indexer calls {dict(found)}")
-        for draft in self.drafts:
-            with self.subTest(draft=draft):
-                captured = [r for r in records[draft] if r["capturing"]]
-                self.assertEqual(bool(captured), draft.graphs)
-                worker = "EagleDraftWorker" if draft.spec_v2 else "EAGLEWorker"
-                self.assertEqual({r["worker"] for r in records[draft]}, {worker})
-                self.assertEqual(
-                    set(calls[draft]) - {0},  # idle batches
-                    {1},
-                    f"the indexer ran {dict(calls[draft])} times in a draft iteration of "
-                    f"{draft.steps} steps ({draft})",
-                )
-
-    def test_text_equals_that_without_speculation(self):
-        """Each token is what the target alone would say, but for rounding ties."""
-        runs = {draft: run.result() for draft, run in self.drafts.items()}
-        if any(set(_calls(run["records"])) - {0} != {1} for run in runs.values()):
-            self.skipTest("draft steps do not reuse indices")
-        alone: Dict[int, List[int]] = {}
-        server = self.plain.result()
-        for draft, run in runs.items():
-            behind = [0.0]
-            for prompt, output in run["outputs"]:
-                if len(prompt) not in alone:
-                    plain = server.generate([prompt], len(output))[0]
-                    alone[len(prompt)] = plain["output_ids"]
-                if output != alone[len(prompt)]:
-                    behind += server.behind_the_best(prompt, output)
-            print(f"measured: {draft} at most {max(behind):.3f} behind the best")
-            self.assertLess(
-                max(behind),
-                TIE,
-                f"text differs from the one without speculation ({draft})",
-            )
-
-
-if os.environ.get("INDEXER_CALLS") and __name__ in ("__main__", "__mp_main__"):
-    count_indexer_calls()
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        from sglang.srt.entrypoints.http_server import launch_server as serve
-        from sglang.srt.server_args import prepare_server_args
-
-        serve(prepare_server_args(sys.argv[2:]))
-    else:
-        unittest.main()
+    unittest.main()

@@ -110,20 +110,6 @@ ONE_RANK = SimpleNamespace(
     is_first_rank=True, is_last_rank=True, rank_in_group=0, world_size=1
 )
 
-# Prefill backends that are there since 0.5.23.
-REFUSED_TOO = (
-    []
-    if residual_batch is None
-    else [
-        {
-            "kv_cache_dtype": "bfloat16",
-            "dsa_prefill_backend": "flashmla_sparse_q8",
-        },
-        {"kv_cache_dtype": "fp8_e4m3", "dsa_prefill_backend": "triton_sparse_mla"},
-    ]
-)
-
-
 def normalized(x):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
@@ -636,6 +622,10 @@ class TestTwoBatchOverlap(CustomTestCase):
                 self.layer_communicator = StubCommunicator()
                 self.attn_boundary = self.ffn_boundary = StubBoundary()
 
+            def op_comm_prepare_attn(self, state, zero_allocator=None, **inputs):
+                # Without overlap all layers are given an allocator.
+                super().op_comm_prepare_attn(state, **inputs)
+
         def prepare(state):
             pass
 
@@ -643,7 +633,6 @@ class TestTwoBatchOverlap(CustomTestCase):
             hidden_states = state.pop("hidden_states_after_comm_pre_attn")
             state.hidden_states_after_attn = hidden_states
 
-        batch = make_batch(ForwardMode.DECODE, [30, 41, 23, 60], [1] * 4)
         hidden_states = torch.randn(4, HIDDEN_SIZE)
         kwargs = {}
         if residual_batch is None:
@@ -651,22 +640,24 @@ class TestTwoBatchOverlap(CustomTestCase):
             kwargs.update(residual=None, input_data_scatter_mode=None)
         else:
             forward = two_batch_overlap.model_forward_stages
-        backend = TboAttnBackend(SparseAttention({}), [SparseAttention({})] * 2)
-        with cpu_pipeline(), attention_backend(backend, batch):
-            self.split(batch)
-            if residual_batch is not None:
-                residual_batch.start(batch)
-            output = forward(
-                layers=nn.ModuleList([Qwen3MoeDecoderLayer() for _ in range(2)]),
-                enable_tbo=True,
-                positions=batch.positions,
-                forward_batch=batch,
-                hidden_states=hidden_states,
-                **kwargs,
-            )
-        if residual_batch is None:
-            output, _ = output
-        self.assertEqual(output.shape, hidden_states.shape)
+        for enable_tbo in (True, False):
+            batch = make_batch(ForwardMode.DECODE, [30, 41, 23, 60], [1] * 4)
+            backend = TboAttnBackend(SparseAttention({}), [SparseAttention({})] * 2)
+            with cpu_pipeline(), attention_backend(backend, batch):
+                self.split(batch)
+                if residual_batch is not None:
+                    residual_batch.start(batch)
+                output = forward(
+                    layers=nn.ModuleList([Qwen3MoeDecoderLayer() for _ in range(2)]),
+                    enable_tbo=enable_tbo,
+                    positions=batch.positions,
+                    forward_batch=batch,
+                    hidden_states=hidden_states,
+                    **kwargs,
+                )
+            if residual_batch is None:
+                output, _ = output
+            self.assertEqual(output.shape, hidden_states.shape)
 
     def test_rank_without_requests(self):
         # Other ranks of DP attention decode meanwhile.
@@ -681,7 +672,15 @@ class TestTwoBatchOverlap(CustomTestCase):
 
 
 class TestServerArgs(CustomTestCase):
-    def start(self, sharing, architecture="GlmMoeDsaForCausalLM", **kwargs):
+    PREFILL = f"{SPARSE_BACKEND}_prefill_backend"
+
+    def start(
+        self,
+        sharing,
+        architecture="GlmMoeDsaForCausalLM",
+        capability=(9, 0),
+        **kwargs,
+    ):
         config = {
             "architectures": [architecture],
             "model_type": {
@@ -697,7 +696,7 @@ class TestServerArgs(CustomTestCase):
         # Model-specific defaults are written to the environment.
         with (
             patch.dict(os.environ),
-            patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+            patch("torch.cuda.get_device_capability", return_value=capability),
         ):
             server_args = ServerArgs(
                 model_path=model_path,
@@ -711,34 +710,88 @@ class TestServerArgs(CustomTestCase):
             server_args.check_server_args()
 
     def test_sharing_is_accepted(self):
-        prefill = f"{SPARSE_BACKEND}_prefill_backend"
         for kwargs in (
             {},
             {"kv_cache_dtype": "fp8_e4m3"},
-            {"kv_cache_dtype": "bfloat16", prefill: "flashmla_sparse"},
-            {"kv_cache_dtype": "bf16", prefill: "flashmla_auto"},
+            {"kv_cache_dtype": "bfloat16", self.PREFILL: "flashmla_sparse"},
+            {"kv_cache_dtype": "bf16", self.PREFILL: "flashmla_auto"},
+            # The KV cache is bfloat16 on Hopper where nothing is said.
+            {self.PREFILL: "flashmla_sparse"},
+            {self.PREFILL: "flashmla_auto"},
         ):
             for sharing in (BY_FREQUENCY, BY_PATTERN):
                 try:
                     self.start(sharing, "DeepseekV32ForCausalLM", **kwargs)
                 except ValueError as e:
-                    self.fail(f"two-batch overlap with {sharing} was refused: {e}")
+                    self.fail(
+                        f"two-batch overlap with {sharing}, {kwargs} was refused: {e}"
+                    )
+
+    # What is refused, and the reasons.
+    REFUSED = [
+        ({"pp_size": 2}, ["pipeline parallelism"]),
+        (
+            {"kv_cache_dtype": "fp8_e4m3", PREFILL: "flashmla_sparse"},
+            ["flashmla_sparse with --kv-cache-dtype fp8_e4m3"],
+        ),
+        (
+            {"kv_cache_dtype": "fp8_e4m3", PREFILL: "flashmla_auto"},
+            ["flashmla_auto with --kv-cache-dtype fp8_e4m3"],
+        ),
+        # The KV cache is fp8 on Blackwell where nothing is said.
+        (
+            {PREFILL: "flashmla_sparse", "capability": (10, 0)},
+            ["flashmla_sparse with --kv-cache-dtype fp8_e4m3"],
+        ),
+        (
+            {"pp_size": 2, PREFILL: "flashmla_sparse"},
+            ["pipeline parallelism"],
+        ),
+        (
+            {
+                "pp_size": 2,
+                "kv_cache_dtype": "fp8_e4m3",
+                PREFILL: "flashmla_sparse",
+            },
+            [
+                "pipeline parallelism",
+                "flashmla_sparse with --kv-cache-dtype fp8_e4m3",
+            ],
+        ),
+    ]
+    if residual_batch is not None:  # Prefill backends that are there since 0.5.23.
+        REFUSED += [
+            (
+                {"kv_cache_dtype": "bfloat16", PREFILL: "flashmla_sparse_q8"},
+                ["flashmla_sparse_q8 with --kv-cache-dtype bfloat16"],
+            ),
+            (
+                {"kv_cache_dtype": "fp8_e4m3", PREFILL: "triton_sparse_mla"},
+                ["triton_sparse_mla with --kv-cache-dtype fp8_e4m3"],
+            ),
+        ]
 
     def test_what_the_pipeline_does_not_carry_is_refused(self):
-        prefill = f"{SPARSE_BACKEND}_prefill_backend"
-        everywhere = [
-            {"pp_size": 2},
-            {"kv_cache_dtype": "fp8_e4m3", prefill: "flashmla_sparse"},
-            {"kv_cache_dtype": "fp8_e4m3", prefill: "flashmla_auto"},
-        ]
-        for kwargs in everywhere + REFUSED_TOO:
+        for kwargs, _ in self.REFUSED:
             for sharing in (BY_FREQUENCY, BY_PATTERN):
                 with self.assertRaisesRegex(
                     ValueError, "enable-two-batch-overlap.*index_topk_", msg=kwargs
                 ):
                     self.start(sharing, "DeepseekV32ForCausalLM", **kwargs)
-        for kwargs in everywhere:
+        for kwargs, _ in self.REFUSED:
             self.start({}, "DeepseekV32ForCausalLM", **kwargs)
+
+    def test_the_refusal_names_the_reasons_that_hold(self):
+        every = {reason for _, reasons in self.REFUSED for reason in reasons}
+        for kwargs, reasons in self.REFUSED:
+            with self.assertRaises(ValueError) as caught:
+                self.start(BY_FREQUENCY, "DeepseekV32ForCausalLM", **kwargs)
+            self.assertEqual(
+                {reason for reason in every if reason in str(caught.exception)},
+                set(reasons),
+                f"two-batch overlap with {kwargs} was refused for other reasons than "
+                f"those that hold: {caught.exception}",
+            )
 
     @unittest.skipIf(residual_batch is None, "there are none before 0.5.23")
     def test_models_with_layers_of_their_own_are_refused(self):
@@ -756,7 +809,7 @@ class TestServerArgs(CustomTestCase):
             hf_config = SimpleNamespace(architectures=[architecture], **BY_FREQUENCY)
             with self.assertRaisesRegex(
                 ValueError,
-                "enable-two-batch-overlap is not supported",
+                f"enable-two-batch-overlap is not supported.* {architecture}\\. Got",
                 msg=architecture,
             ):
                 _validate_dsa_tbo_index_sharing(server_args, hf_config)

@@ -5,12 +5,15 @@ first step runs the next-token layer's indexer, later steps attend to what it fo
 Only the time shows when they do not, so these tests count the indexer's runs and
 compare the indices that reach the attention backend.
 
-The real draft worker, model runner, next-token model and attention layer run, on the
+The real draft workers, model runner, next-token model and attention layer run, on the
 CPU. What stands in for a GPU kernel or a process group is a stub: the linear layers,
 norms and rotary embedding, the indexer (it counts instead) and the attention backend
 (it records the indices).
 """
 
+import copy
+import dataclasses
+import importlib
 import unittest
 import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,19 +28,30 @@ from sglang.test.test_utils import CustomTestCase, maybe_stub_sgl_kernel
 
 maybe_stub_sgl_kernel()
 
+from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.environ import envs
+from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
 from sglang.srt.layers.communicator import AttentionInputs, get_attn_tp_context
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
     ForwardBatch,
     ForwardMode,
 )
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.models import deepseek_nextn, deepseek_v2
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.srt.speculative.eagle_info import EagleDraftInput
-from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
+
+try:  # since 0.5.13
+    from sglang.srt.model_executor.forward_context import (
+        ForwardContext,
+        forward_context,
+    )
+
+    SPARSE_BACKEND = "dsa"
+except ImportError:
+    forward_context = None
+    SPARSE_BACKEND = "nsa"
 
 try:  # since 0.5.14
     from sglang.srt.model_executor.runner.eager_runner import EagerRunner
@@ -158,11 +172,15 @@ class AttentionLayer(nn.Module):
                 hidden_states, forward_batch, self.self_attn.prepare_qkv_latent
             )
         )
-        hidden_states, topk_indices = self.self_attn(
+        topk_indices = None
+        output = self.self_attn(
             positions, hidden_states, forward_batch, zero_allocator, **kwargs
         )
-        get_attn_tp_context().clear_attn_inputs()
-        return hidden_states, residual, topk_indices
+        if isinstance(output, tuple):  # not so for a batch without tokens
+            output, topk_indices = output
+        if hasattr(get_attn_tp_context(), "clear_attn_inputs"):  # since 0.5.13
+            get_attn_tp_context().clear_attn_inputs()
+        return output, residual, topk_indices
 
 
 class DraftModel(nn.Module):
@@ -203,14 +221,15 @@ class DraftModel(nn.Module):
 
 
 class DraftRunner(ModelRunner):
-    """The real forward pass, which runs each step on a copy of the batch.
+    """The real forward pass, which since 0.5.13 runs each step on a copy of the batch.
 
     What the constructor sets up takes a GPU, so it is not run.
     """
 
-    def __init__(self, config, attn_backend):
+    def __init__(self, config, attn_backend, copy_batch):
         self.model_config = SimpleNamespace(hf_config=config)
         self.attn_backend = attn_backend
+        self.copy_batch = copy_batch
         self.runs = []
         self.model = DraftModel(config, self.runs).requires_grad_(False)
         self.server_args = ServerArgs(model_path="dummy", device="cpu")
@@ -224,15 +243,19 @@ class DraftRunner(ModelRunner):
             self.eager_runner = object.__new__(EagerRunner)
             self.eager_runner.model_runner = self
 
-    def forward(self, forward_batch):
-        return self._forward_raw(forward_batch, None)
+    def forward(self, forward_batch, skip_attn_backend_init=True):
+        batch = self.copy_batch(forward_batch)
+        if forward_context is None:
+            return self._forward_raw(batch, skip_attn_backend_init, None)
+        return self._forward_raw(batch, None)
 
 
 class RecordingBackend:
     """An attention backend that writes down the indices that each step attends to."""
 
     use_mha = False
-    prefill_attention_backend_str = decode_attention_backend_str = "dsa"
+    # The backend says it since 0.5.15.
+    prefill_attention_backend_str = decode_attention_backend_str = SPARSE_BACKEND
 
     def __init__(self):
         self.read = []
@@ -249,22 +272,34 @@ class DraftError(Exception):
     pass
 
 
+@contextmanager
+def attention_backend(backend, forward_batch):
+    if forward_context is None:
+        forward_batch.attn_backend = backend
+        yield
+    else:
+        with forward_context(ForwardContext(attn_backend=backend)):
+            yield
+
+
 class Draft:
     """A draft worker as an iteration sees it."""
 
-    def __init__(self, steps, topk=1, **config):
+    def __init__(
+        self, worker_class, steps, topk=1, copy_batch=lambda batch: batch, **config
+    ):
         config = model_config(**config)
         self.backend = RecordingBackend()
-        self.runner = DraftRunner(config, self.backend)
+        self.runner = DraftRunner(config, self.backend, copy_batch)
         # What the constructor sets up takes a GPU, so it is not run.
-        self.worker = worker = object.__new__(EagleDraftWorker)
+        self.worker = worker = object.__new__(worker_class)
         worker.topk = topk
         worker.speculative_num_steps = steps
         worker.speculative_num_draft_tokens = steps + 1
         worker.hot_token_id = None
         worker.device = "cpu"
         worker.server_args = self.runner.server_args
-        worker.draft_runner = self.runner
+        worker.draft_runner = worker._model_runner = self.runner
         worker.draft_attn_backend = SimpleNamespace(
             attn_backends=[self.backend] * steps
         )
@@ -278,21 +313,18 @@ class Draft:
             )
 
     def make_batch(self, num_seqs=3):
-        batch = ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=num_seqs,
-            input_ids=None,
-            req_pool_indices=torch.arange(num_seqs),
-            seq_lens=torch.full((num_seqs,), 20),
-            out_cache_loc=None,
-            seq_lens_sum=20 * num_seqs,
+        batch = make_decode_batch(
+            num_seqs,
             spec_info=EagleDraftInput(capture_hidden_mode=CaptureHiddenMode.LAST),
         )
         batch.forward_metadata_ready = True
         return self.refill(batch)
 
-    def refill(self, batch):
+    def refill(self, batch, num_seqs=None):
         """Makes a batch and its spec_info ready for the next iteration."""
+        if num_seqs is not None:
+            batch.batch_size = num_seqs
+            batch.seq_lens = torch.full((num_seqs,), 20)
         num_seqs, topk = batch.batch_size, self.worker.topk
         batch.positions = batch.seq_lens.repeat_interleave(topk)
         batch.input_ids = torch.zeros(num_seqs * topk, dtype=torch.int64)
@@ -321,9 +353,24 @@ class Draft:
     def forward(self, batch):
         """One forward pass outside of an iteration."""
         with self.recorded() as (found, read):
-            with forward_context(ForwardContext(attn_backend=self.backend)):
+            with attention_backend(self.backend, batch):
                 self.runner.forward(batch)
         return found, read
+
+
+def make_decode_batch(num_seqs, **kwargs):
+    return ForwardBatch(
+        forward_mode=ForwardMode.DECODE if num_seqs else ForwardMode.IDLE,
+        batch_size=num_seqs,
+        input_ids=torch.arange(num_seqs),
+        req_pool_indices=torch.arange(num_seqs),
+        seq_lens=torch.full((num_seqs,), 20),
+        seq_lens_cpu=torch.full((num_seqs,), 20),
+        seq_lens_sum=20 * num_seqs,
+        out_cache_loc=torch.arange(num_seqs),
+        positions=torch.full((num_seqs,), 19),
+        **kwargs,
+    )
 
 
 def one_rank():
@@ -338,13 +385,13 @@ def one_rank():
     )
 
 
-class TestMTPIndexReuse(CustomTestCase):
+class SparseModelTestCase(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         server_args = ServerArgs(model_path="dummy", device="cpu")
-        server_args.attention_backend = "dsa"
-        server_args.prefill_attention_backend = "dsa"
-        server_args.decode_attention_backend = "dsa"
+        server_args.attention_backend = SPARSE_BACKEND
+        server_args.prefill_attention_backend = SPARSE_BACKEND
+        server_args.decode_attention_backend = SPARSE_BACKEND
         set_global_server_args_for_scheduler(server_args)
 
     def setUp(self):
@@ -352,13 +399,31 @@ class TestMTPIndexReuse(CustomTestCase):
         self.addCleanup(stack.close)
         stack.enter_context(torch.no_grad())
         stack.enter_context(one_rank())
-        # The copy by itself, without the static buffers of a GPU.
-        stack.enter_context(envs.SGLANG_EAGER_INPUT_NO_COPY.override(True))
+        if hasattr(envs, "SGLANG_EAGER_INPUT_NO_COPY"):  # since 0.5.14
+            # The copy by itself, without the static buffers of a GPU.
+            stack.enter_context(envs.SGLANG_EAGER_INPUT_NO_COPY.override(True))
         # Compiling takes longer than everything else here.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
 
+
+class DraftStepTests:
+    """One indexer run for a whole draft iteration."""
+
+    module = None
+    worker_class = None
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        try:
+            module = importlib.import_module(cls.module)
+        except ModuleNotFoundError as e:
+            raise unittest.SkipTest(f"this release has no {cls.module}") from e
+        cls.worker = getattr(module, cls.worker_class)
+
     def draft(self, steps=4, **kwargs):
-        return Draft(steps, **{"index_share_for_mtp_iteration": True, **kwargs})
+        kwargs = {"index_share_for_mtp_iteration": True, **kwargs}
+        return Draft(self.worker, steps, **kwargs)
 
     def assert_one_run(self, found, read, steps):
         self.assertEqual(len(read), steps - 1, "not every step attended")
@@ -386,13 +451,33 @@ class TestMTPIndexReuse(CustomTestCase):
             draft = self.draft(steps)
             self.assert_one_run(*draft.iterate(draft.make_batch()), steps)
 
+    def test_later_steps_reuse_on_a_copy_of_the_batch(self):
+        # What a step writes to a copy of the batch is lost.
+        for copy_batch in (copy.copy, dataclasses.replace):
+            draft = self.draft(copy_batch=copy_batch)
+            self.assert_one_run(*draft.iterate(draft.make_batch()), 4)
+
+    def test_one_step(self):
+        draft = self.draft(1)
+        self.assert_own_indices(*draft.iterate(draft.make_batch()), 0)
+
     def test_iterations_do_not_share(self):
         # A capture's warm-up runs iterate on one batch, too.
         draft = self.draft()
         batch = draft.make_batch()
-        for _ in range(3):
-            found, read = draft.iterate(draft.refill(batch))
+        for num_seqs in (3, 3, 2):
+            found, read = draft.iterate(draft.refill(batch, num_seqs))
             self.assert_one_run(found, read, 4)
+
+    def test_idle_batch(self):
+        # A rank without requests takes part in the iteration of the others.
+        draft = self.draft()
+        for num_seqs in (0, 3, 0):
+            found, read = draft.iterate(draft.make_batch(num_seqs))
+            if num_seqs:
+                self.assert_one_run(found, read, 4)
+            else:
+                self.assert_own_indices(found, read, 0)
 
     def test_an_exception_ends_the_reuse(self):
         for fail_at in (1, 2, 3):
@@ -408,6 +493,14 @@ class TestMTPIndexReuse(CustomTestCase):
         draft.iterate(batch)
         for _ in range(2):
             self.assert_own_indices(*draft.forward(draft.refill(batch)), 1)
+
+    def test_forward_with_other_spec_info(self):
+        # E.g. a draft extend's, which is of another class.
+        draft = self.draft()
+        batch = draft.make_batch()
+        batch.spec_info = SimpleNamespace(hidden_states=batch.spec_info.hidden_states)
+        for _ in range(2):
+            self.assert_own_indices(*draft.forward(batch), 1)
 
     def test_other_batch_with_the_same_spec_info(self):
         # E.g. after a failed iteration.
@@ -437,8 +530,67 @@ class TestMTPIndexReuse(CustomTestCase):
 
     def test_not_configured(self):
         for config in ({}, {"index_share_for_mtp_iteration": False}):
-            draft = Draft(5, **config)
+            draft = Draft(self.worker, 5, **config)
             self.assert_own_indices(*draft.iterate(draft.make_batch()), 4)
+
+
+class TestEagleWorker(DraftStepTests, SparseModelTestCase):
+    module = "sglang.srt.speculative.eagle_worker"
+    worker_class = "EAGLEWorker"
+
+
+class TestEagleWorkerV2(DraftStepTests, SparseModelTestCase):
+    module = "sglang.srt.speculative.eagle_worker_v2"
+    worker_class = "EagleDraftWorker"
+
+
+class TestTwoBatchOverlapFilter(SparseModelTestCase):
+    """filter_batch refuses a field with a value that it was not told about."""
+
+    # Set anew in the children, whatever the parent says.
+    RESET = {
+        "temp_scaled_logprobs",
+        "top_p_normalized_logprobs",
+        "return_hidden_states_before_norm",
+        "forward_metadata_ready",
+        "forward_metadata_replan_equivalent",
+    }
+
+    def split(self, **kwargs):
+        batch = make_decode_batch(4, tbo_split_seq_index=2, **kwargs)
+        backend = TboAttnBackend(MagicMock(), [MagicMock(), MagicMock()])
+        with (
+            attention_backend(backend, batch),
+            # Until 0.5.13; one_rank says it since.
+            patch.object(
+                two_batch_overlap, "get_attention_tp_size", lambda: 1, create=True
+            ),
+        ):
+            two_batch_overlap.TboForwardBatchPreparer.prepare_raw(
+                batch, tbo_children_num_token_non_padded=torch.tensor([2, 2])
+            )
+        return batch.tbo_children
+
+    def test_fields_at_their_defaults(self):
+        children = self.split()
+        self.assertEqual([child.batch_size for child in children], [2, 2])
+        self.assertEqual(
+            [child.req_pool_indices.tolist() for child in children], [[0, 1], [2, 3]]
+        )
+
+    def test_flags_reach_the_children(self):
+        fields = dataclasses.fields(ForwardBatch)
+        flags = [field for field in fields if isinstance(field.default, bool)]
+        self.assertGreater(len(flags), 0)
+        for flag in flags:
+            for value in (False, True):
+                for child in self.split(**{flag.name: value}):
+                    if flag.name not in self.RESET:
+                        self.assertIs(
+                            getattr(child, flag.name),
+                            value,
+                            f"{flag.name}={value} is lost in a child batch",
+                        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ CUDA graph captures, and the text is held against that without speculation.
 
 import collections
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -24,15 +25,17 @@ from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 from tiny_models import NUM_WORDS, glm_moe_dsa, glm_moe_dsa_weights
 
-register_cuda_ci(est_time=120, suite="stage-b-test-1-gpu-large")
+register_cuda_ci(est_time=200, suite="stage-b-test-1-gpu-large")
 
 SEED = int(os.environ.get("REGRESSION_SEED", "0"))
 # Two cross the top-k of 2048. The short one does not, but its draft steps grow past
 # the indices that they reuse.
 PROMPT_LENS = (3000, 5200, 100)
 NEW_TOKENS = 24
+# Up to 0.5.12 they have another name, and there are two draft workers.
+BEFORE_0_5_13 = importlib.util.find_spec("sglang.srt.layers.attention.dsa") is None
 ARGS = [
-    *("--attention-backend", "dsa"),
+    *("--attention-backend", "nsa" if BEFORE_0_5_13 else "dsa"),
     *("--moe-runner-backend", "triton"),
     *("--grammar-backend", "none"),
     *("--mem-fraction-static", "0.6", "--max-total-tokens", "65536"),
@@ -47,8 +50,18 @@ ENV = {"SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1"}
 # state is some steps off; a token of another text is several units behind.
 TIE = 0.5
 
-Draft = collections.namedtuple("Draft", "steps graphs")
-DRAFTS = [Draft(steps=3, graphs=True), Draft(steps=5, graphs=False)]
+SERVERS_AT_A_TIME = 3
+
+Draft = collections.namedtuple("Draft", "worker steps graphs")
+DRAFTS = [
+    Draft("EagleDraftWorker", steps=3, graphs=True),
+    Draft("EagleDraftWorker", steps=5, graphs=False),
+]
+if BEFORE_0_5_13:
+    DRAFTS += [
+        Draft("EAGLEWorker", steps=5, graphs=True),
+        Draft("EAGLEWorker", steps=3, graphs=False),
+    ]
 
 
 def count_indexer_calls() -> None:
@@ -57,30 +70,43 @@ def count_indexer_calls() -> None:
     Runs in the scheduler process: multiprocessing's spawn imports the main module,
     this file, there again. Under CUDA graphs it counts what a graph captures.
     """
-    from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
     from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
+
+    workers = [EagleDraftWorker]
+    if BEFORE_0_5_13:
+        from sglang.srt.layers.attention.nsa.nsa_indexer import Indexer
+        from sglang.srt.speculative.eagle_worker import EAGLEWorker
+
+        workers.append(EAGLEWorker)
+    else:
+        from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 
     calls = 0
     forward_cuda = Indexer.forward_cuda
-    draft_forward = EagleDraftWorker.draft_forward
 
     def counting_forward_cuda(self, *args, **kwargs):
         nonlocal calls
         calls += 1
         return forward_cuda(self, *args, **kwargs)
 
-    def counting_draft_forward(self, forward_batch):
-        before = calls
-        result = draft_forward(self, forward_batch)
-        record = dict(
-            capturing=torch.cuda.is_current_stream_capturing(), calls=calls - before
-        )
-        with open(os.environ["INDEXER_CALLS"], "a") as file:
-            file.write(json.dumps(record) + "\n")
-        return result
+    def counting(draft_forward):
+        def counting_draft_forward(self, forward_batch):
+            before = calls
+            result = draft_forward(self, forward_batch)
+            record = dict(
+                worker=type(self).__name__,
+                capturing=torch.cuda.is_current_stream_capturing(),
+                calls=calls - before,
+            )
+            with open(os.environ["INDEXER_CALLS"], "a") as file:
+                file.write(json.dumps(record) + "\n")
+            return result
+
+        return counting_draft_forward
 
     Indexer.forward_cuda = counting_forward_cuda
-    EagleDraftWorker.draft_forward = counting_draft_forward
+    for worker in workers:
+        worker.draft_forward = counting(worker.draft_forward)
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
@@ -100,7 +126,7 @@ class TestMTPIndexReuseCuda(CustomTestCase):
             for n in PROMPT_LENS
         ]
         # Servers take a minute to start, so they start at the same time.
-        cls.pool = ThreadPoolExecutor(1 + len(DRAFTS))
+        cls.pool = ThreadPoolExecutor(SERVERS_AT_A_TIME)
         cls.stack = contextlib.ExitStack()
         cls.plain = cls.pool.submit(
             cls.stack.enter_context, launch_server(cls.model, ARGS, ENV)
@@ -115,7 +141,7 @@ class TestMTPIndexReuseCuda(CustomTestCase):
 
     @classmethod
     def _draft(cls, draft: Draft) -> Dict:
-        calls = Path(cls.folder.name) / f"calls-{draft.steps}-{draft.graphs}"
+        calls = Path(cls.folder.name) / f"calls-{'-'.join(map(str, draft))}"
         args = ARGS + [
             *("--speculative-algorithm", "EAGLE"),
             *("--speculative-num-steps", str(draft.steps)),
@@ -124,7 +150,10 @@ class TestMTPIndexReuseCuda(CustomTestCase):
         ]
         if not draft.graphs:
             args.append("--disable-cuda-graph")
-        env = ENV | {"INDEXER_CALLS": str(calls)}
+        env = ENV | {
+            "INDEXER_CALLS": str(calls),
+            "SGLANG_ENABLE_SPEC_V2": str(draft.worker == "EagleDraftWorker"),
+        }
         command = [sys.executable, __file__, "serve"]
         with launch_server(cls.model, args, env, command) as server:
             # One alone and all together.
@@ -145,6 +174,8 @@ class TestMTPIndexReuseCuda(CustomTestCase):
             with self.subTest(draft=draft):
                 captured = any(record["capturing"] for record in run["records"])
                 self.assertEqual(captured, draft.graphs, "what was counted")
+                workers = {record["worker"] for record in run["records"]}
+                self.assertEqual(workers, {draft.worker}, "what was counted")
                 self.assertEqual(
                     set(found) - {0},  # idle batches
                     {1},

@@ -9,13 +9,14 @@ a prefill has as many rows as its requests have tokens
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import tempfile
 import unittest
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 
@@ -27,6 +28,8 @@ maybe_stub_sgl_kernel()
 from sglang.srt import server_args as server_args_module  # noqa: E402
 from sglang.srt.layers import dp_attention  # noqa: E402
 from sglang.srt.layers.utils import cp_utils  # noqa: E402
+from sglang.srt.managers import schedule_policy  # noqa: E402
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang.srt.speculative.eagle_info import EagleVerifyInput  # noqa: E402
@@ -53,8 +56,6 @@ NUM_LAYERS = 2
 TOPK = 3
 # Since 0.5.23 the configuration lies in a context, and attn_dp_size in the arguments.
 IN_CONTEXT = hasattr(dp_attention, "dp_gather_width")
-# Since 0.5.15 the experts of a draft model are not captured.
-CAPTURES_DRAFT = not hasattr(routed_experts, "disable_routed_experts_capture_for_draft")
 
 _torch_zeros = torch.zeros
 
@@ -80,7 +81,7 @@ class Configuration:
     max_prefill_tokens: int = 16384
     context_len: int = 128
     num_slots: int = 512
-    is_draft_model: bool = False
+    is_multimodal: bool = False
     server_args: Dict[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -148,7 +149,8 @@ class Configuration:
                     num_hidden_layers=NUM_LAYERS, num_experts_per_tok=TOPK
                 ),
                 context_len=self.context_len,
-                is_draft_model=self.is_draft_model,
+                is_draft_model=False,
+                is_multimodal=self.is_multimodal,
             ),
             num_tokens=self.num_slots,
             max_running_requests=self.max_running_requests,
@@ -161,13 +163,74 @@ class Configuration:
             args |= dict(enable=True, num_fused_shared_experts=0)
         return routed_experts.RoutedExpertsCapturer.create(**args)
 
-    @property
-    def chunk_rows(self) -> int:
-        if self.chunked_prefill_size > 0:
-            return self.chunked_prefill_size
-        # PrefillAdder takes requests while max_prefill_tokens are not reached, the
-        # last one of any length, and each token has a slot of its own.
-        return min(self.max_prefill_tokens + self.context_len, self.num_slots)
+
+class Slots(TokenToKVPoolAllocator):
+    """An allocator of free slots."""
+
+    def __init__(self, num_slots: int):
+        self.page_size = 1
+        self.num_slots = num_slots
+
+    def available_size(self):
+        return self.num_slots
+
+
+def waiting_request(length: int, ignore_eos: bool):
+    return MagicMock(
+        sampling_params=SimpleNamespace(max_new_tokens=1, ignore_eos=ignore_eos),
+        origin_input_ids=range(length),
+        full_untruncated_fill_ids=range(length),
+        fill_ids=range(length),
+        output_ids=[],
+        prefix_indices=[],
+        extend_input_len=length,  # up to 0.5.14
+        extend_range=SimpleNamespace(length=length),  # 0.5.15
+        extend_len=length,
+        prefix_len=0,
+        host_hit_length=0,
+        swa_host_hit_length=0,
+        mamba_host_hit_length=0,
+        needs_host_load_back=lambda: False,
+    )
+
+
+def admitted_rows(c: Configuration, requests, radix_cache: bool) -> int:
+    """The rows of the prefill that PrefillAdder makes of waiting requests."""
+    tree_cache = MagicMock(disable=not radix_cache)
+    for size in (tree_cache.evictable_size, tree_cache.full_evictable_size):
+        size.return_value = 0
+    tree_cache.supports_mamba.return_value = False
+    tree_cache.is_tree_cache.return_value = False
+    adder = schedule_policy.PrefillAdder(
+        page_size=1,
+        tree_cache=tree_cache,
+        token_to_kv_pool_allocator=Slots(c.num_slots),
+        running_batch=None,
+        new_token_ratio=1.0,
+        rem_input_tokens=c.max_prefill_tokens,
+        rem_chunk_tokens=None,
+    )
+    # As Scheduler.get_new_batch_prefill does.
+    for request in requests:
+        result = adder.add_one_req(
+            request, has_chunked_req=False, truncation_align_size=None
+        )
+        if result != schedule_policy.AddReqResult.CONTINUE:
+            break
+    return sum(request.extend_len for request in adder.can_run_list)
+
+
+def most_admitted_rows(c: Configuration, radix_cache: bool) -> int:
+    """Over waiting requests up to the context's length, which may ignore EOS."""
+    lengths = {1, c.context_len, (c.max_prefill_tokens - 1) % c.context_len or 1}
+    requests = {
+        key: waiting_request(*key) for key in itertools.product(lengths, (False, True))
+    }
+    return max(
+        admitted_rows(c, [requests[key] for key in zip(queue, flags)], radix_cache)
+        for queue in itertools.product(lengths, repeat=4)
+        for flags in ([False] * 4, [True] * 4, [False, False, False, True])
+    )
 
 
 @dataclass
@@ -241,6 +304,15 @@ class TestRoutedExpertsCapacity(CustomTestCase):
             for forward in forwards:
                 self.check_forward(c, capturer, forward, f"{c}, {forward}")
 
+    def capture(self, capturer, layer, captured, what):
+        try:
+            capturer.capture(layer, captured)
+        except RuntimeError as e:
+            self.fail(
+                f"capturing {len(captured)} rows overflows the routed experts "
+                f"buffer: {e}; {what}"
+            )
+
     def check_forward(self, c, capturer, forward, what):
         for layer in range(NUM_LAYERS):
             captured = torch.full(
@@ -250,13 +322,7 @@ class TestRoutedExpertsCapacity(CustomTestCase):
             for rank, rows in enumerate(forward.rows):
                 captured[start : start + rows] = expert_ids(layer, rank, rows)
                 start += forward.padded_rows[rank]
-            try:
-                capturer.capture(layer, captured)
-            except RuntimeError as e:
-                self.fail(
-                    f"capturing {len(captured)} rows overflows the routed experts "
-                    f"buffer: {e}; {what}"
-                )
+            self.capture(capturer, layer, captured, what)
         if forward.graph_batch is None and forward.rows != forward.padded_rows:
             return  # How eager mode cuts its padding off is not the capturer's.
         for rank, rows in enumerate(forward.rows):
@@ -375,36 +441,60 @@ class TestRoutedExpertsCapacity(CustomTestCase):
                     self.check(c, Forward.of_requests(c, draft_tokens))
                 self.check_size(c, 8 * max(initial, 7))
 
-    @unittest.skipUnless(CAPTURES_DRAFT, "the draft model is not captured")
-    def test_draft_model(self):
-        for args, rows in (
-            (dict(speculative_eagle_topk=6), 6),
-            (dict(speculative_num_steps=4), 5),
-            (dict(speculative_num_steps=4, enable_multi_layer_eagle=True), 8),
-        ):
-            c = Configuration(draft_tokens=3, is_draft_model=True, server_args=args)
-            self.check(c, Forward.of_requests(c, rows))
-            self.check_size(c, 8 * rows)
-
     def test_unchunked_prefill(self):
-        for dp_size in (1, 2, 4):
-            for chunk, max_prefill_tokens, context_len, num_slots in (
-                (-1, 20, 50, 512),
-                (0, 50, 20, 512),
-                (-1, 16384, 4096, 80),
-            ):
+        """One request of any length or several; without a radix cache, both."""
+        for chunk, max_prefill_tokens, context_len in (
+            (-1, 20, 50),
+            (0, 50, 20),
+            (-1, 30, 30),
+        ):
+            rows = {}
+            for radix_cache in (True, False):
                 c = Configuration(
-                    dp_size=dp_size,
                     chunked_prefill_size=chunk,
                     max_prefill_tokens=max_prefill_tokens,
                     context_len=context_len,
-                    num_slots=num_slots,
+                    server_args=dict(disable_radix_cache=not radix_cache),
                 )
-                # The last request was taken when one token was missing.
-                rows = min(max_prefill_tokens - 1 + context_len, num_slots)
-                self.check(c, Forward.prefill(c, rows))
-                self.check(c, Forward.of_requests(c))
-                self.check_size(c, c.chunk_rows)
+                with c.published():
+                    rows[radix_cache] = most_admitted_rows(c, radix_cache)
+                for dp_size in (1, 2, 4):
+                    c = dataclasses.replace(c, dp_size=dp_size)
+                    self.check(c, Forward.prefill(c, rows[radix_cache]))
+                    self.check(c, Forward.of_requests(c))
+                    # One token may be left of max_prefill_tokens.
+                    self.check_size(c, rows[radix_cache] + 1)
+            self.assertLess(rows[True], rows[False])
+
+    def test_unchunked_prefill_up_to_the_slots(self):
+        for radix_cache in (True, False):
+            c = Configuration(
+                chunked_prefill_size=-1,
+                max_prefill_tokens=120,
+                context_len=100,
+                num_slots=80,
+                server_args=dict(disable_radix_cache=not radix_cache),
+            )
+            with c.published():
+                rows = max(
+                    admitted_rows(c, [waiting_request(n, True)], radix_cache)
+                    for n in range(1, 101)
+                )
+            self.assertGreater(rows, 70)
+            self.check(c, Forward.prefill(c, rows))
+            self.check_size(c, 80)
+
+    def test_unchunked_prefill_of_a_multimodal_model(self):
+        """Under the Transformers backend it has no radix cache, whatever the flag."""
+        c = Configuration(
+            chunked_prefill_size=-1,
+            max_prefill_tokens=20,
+            context_len=50,
+            is_multimodal=True,
+        )
+        with c.published():
+            rows = most_admitted_rows(c, radix_cache=False)
+        self.check(c, Forward.prefill(c, rows))
 
     def test_unchunked_prefill_and_verify(self):
         for dp_size in (1, 2):
@@ -415,9 +505,47 @@ class TestRoutedExpertsCapacity(CustomTestCase):
                 context_len=9,
                 draft_tokens=4,
             )
-            self.check(c, Forward.prefill(c, 12))
+            self.check(c, Forward.prefill(c, 9))
             self.check(c, Forward.of_requests(c, 4))
             self.check_size(c, 8 * 4)
+
+    @unittest.skipUnless(
+        hasattr(routed_experts, "get_moe_a2a_backend"), "as with other backends"
+    )
+    def test_deepep(self):
+        """Each DP rank gathers its own rows and reads them from row 0 on."""
+        backend = SimpleNamespace(is_deepep=lambda: True, is_deepep_v2=lambda: False)
+        c = Configuration(
+            dp_size=4, chunked_prefill_size=-1, max_prefill_tokens=60, context_len=90
+        )
+        with (
+            patch.object(routed_experts, "get_moe_a2a_backend", lambda: backend),
+            patch.object(
+                routed_experts,
+                "attn_tp_all_gather_into_tensor",
+                lambda gathered, local: gathered.copy_(local),
+            ),
+            patch.object(
+                routed_experts, "get_attention_tp_size", lambda: 1, create=True
+            ),
+            c.published(),
+        ):
+            with c.dp_rank(3):
+                capturer = c.build_capturer()
+                rows = most_admitted_rows(c, radix_cache=True)
+                forward = Forward([1, 1, 1, rows], [rows], mode=ForwardMode.EXTEND)
+                what = f"DeepEP, {c}"
+                for layer in range(NUM_LAYERS):
+                    self.capture(capturer, layer, expert_ids(layer, 3, rows), what)
+            slots = torch.arange(rows)
+            got = self.read_back(c, capturer, forward, 3, slots, True, what)
+            want = [expert_ids(layer, 3, rows) for layer in range(NUM_LAYERS)]
+            self.assertTrue(torch.equal(got, torch.stack(want, dim=1)), what)
+            self.assertLessEqual(
+                capturer.device_cache.buffer.shape[0],
+                rows,
+                "the routed experts buffer has rows of other DP ranks",
+            )
 
     def test_padding(self):
         """A rank pads to a multiple of its attention TP size."""
