@@ -48,7 +48,7 @@ ARGS = [
     *("--tp-size", "2"),
     *("--moe-runner-backend", "triton"),
     *("--grammar-backend", "none"),
-    *("--mem-fraction-static", "0.5", "--max-total-tokens", "65536"),
+    *("--mem-fraction-static", "0.8", "--max-total-tokens", "65536"),
     *("--max-running-requests", "16", "--chunked-prefill-size", "16384"),
     # A request alone is decoded by a graph, several together are not.
     *("--cuda-graph-bs", "1"),
