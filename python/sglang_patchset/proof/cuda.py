@@ -174,8 +174,14 @@ def run(
     wanted = [job for job in chosen if job.suite.gpus <= len(box.gpus)]
     verdicts = [told(verdict, "before") for job in wanted if (verdict := record.found(job))]
     missing = [job for job in wanted if not record.found(job)]
-    # Those with the most GPUs, then those with the most tests take longest.
-    missing.sort(key=lambda job: (-job.suite.gpus, -len(job.suite.reds_of(job.release.version))))
+    # The default release's first: a run may be cut. Those with more GPUs, and with more tests, take longer.
+    missing.sort(
+        key=lambda job: (
+            job.release != catalog.default,
+            -job.suite.gpus,
+            -len(job.suite.reds_of(job.release.version)),
+        )
+    )
     places = [_tree(trees, job) for job in missing]
     with Runner(catalog.clone(), cache / "gpu-logs") as runner, ThreadPoolExecutor(len(missing) or 1) as pool:
         futures = [pool.submit(verify, job, tree) for job, tree in zip(missing, places, strict=True)]

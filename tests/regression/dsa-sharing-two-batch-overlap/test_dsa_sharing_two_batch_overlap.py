@@ -110,6 +110,7 @@ ONE_RANK = SimpleNamespace(
     is_first_rank=True, is_last_rank=True, rank_in_group=0, world_size=1
 )
 
+
 def normalized(x):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 

@@ -181,9 +181,7 @@ class MappedOnce:
             envs.SGLANG_OPT_USE_FUSED_HASH_TOPK.override(self.jit_kernel),
             # The process-wide state.
             global_server_args(SimpleNamespace(enable_eplb=True)),
-            patch.object(
-                topk_module, "get_global_experts_capturer", lambda: self.seen
-            ),
+            patch.object(topk_module, "get_global_experts_capturer", lambda: self.seen),
             patch.object(
                 topk_module,
                 "get_global_expert_distribution_recorder",

@@ -82,7 +82,10 @@ def qwen(path: Path) -> str:
             weight[:num_router_inputs] = 0
     generator = torch.Generator().manual_seed(SEED + 1)
     head = torch.randn(weights["lm_head.weight"].shape, generator=generator)
-    weights["lm_head.weight"] = (3 * head * head.shape[1] ** -0.5).bfloat16()
+    head *= 3 * head.shape[1] ** -0.5
+    # SGLang names the last token of a vocabulary 0 among a prompt's: never the best one.
+    head[-1] = 0
+    weights["lm_head.weight"] = head.bfloat16()
     return save(model, weights)
 
 

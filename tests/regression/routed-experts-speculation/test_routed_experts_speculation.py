@@ -541,7 +541,11 @@ class TestSynchronousVerify(RoutedExpertsCase):
                     name: window
                     for name in eagle_info.EagleVerifyInput.__dataclass_fields__
                     if name
-                    in ("retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
+                    in (
+                        "retrieve_index",
+                        "retrieve_next_token",
+                        "retrieve_next_sibling",
+                    )
                 },
                 retrieve_cum_len=None,
                 spec_steps=STEPS,
@@ -567,9 +571,7 @@ class TestSynchronousVerify(RoutedExpertsCase):
                 req.spec_num_correct_drafts = req.spec_accepted_drafts = 0
             found = (predict, accept_index[:, : STEPS + 1], accept_lens - 1)
             out_cache_loc = batch.out_cache_loc
-            with patch.object(
-                eagle_info, "verify_tree_greedy_func", lambda **_: found
-            ):
+            with patch.object(eagle_info, "verify_tree_greedy_func", lambda **_: found):
                 spec_info.verify(
                     batch,
                     result.logits_output,
@@ -635,7 +637,9 @@ class TestDraftModel(CustomTestCase):
         ):
             initialize = model_runner.ModelRunner.initialize
             # Up to 0.5.13 with the memory that was free before.
-            initialize(runner, *[1.0] * (len(inspect.signature(initialize).parameters) - 1))
+            initialize(
+                runner, *[1.0] * (len(inspect.signature(initialize).parameters) - 1)
+            )
         runner.load_model.assert_called()
 
     def test_capturer_stays(self):
