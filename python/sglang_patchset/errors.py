@@ -1,4 +1,9 @@
-"""The one kind of error that a user can mend."""
+"""The one kind of error that a user can mend, and remarks that are none."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
 
 
 class PatchsetError(Exception):
@@ -12,3 +17,10 @@ class PatchsetError(Exception):
 
 def _escaped(char: str) -> str:
     return char.encode("ascii", "backslashreplace").decode() if ord(char) > 127 else f"\\x{ord(char):02x}"
+
+
+def tell(message: str) -> None:
+    """Say in one line on stderr what is no failure, and does not become one where that cannot be written."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(f"sglang-patchset: {PatchsetError(message)}", file=sys.stderr, flush=True)

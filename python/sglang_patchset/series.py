@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
-from sglang_patchset import receipt, record, status, survey, transaction
+from sglang_patchset import patches, receipt, record, status, survey, transaction
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.record import Change
@@ -96,16 +97,27 @@ def contents(
 
 
 def _change(catalog: Catalog, package: Package, names: Sequence[str], state: FixState) -> list[str]:
-    with transaction.locked(package.directory):
-        transaction.complete(package.directory)
+    # By whichever link the package is named: RECORD is what lies beside it.
+    package = replace(package, directory=package.directory.resolve())
+    with transaction.locked(package.directory) as held:
+        held.complete(partial(_is_published, catalog))
         found, fixes = select(catalog, status.examine(catalog, package), names, state)
         if fixes:
-            transaction.commit(package.directory, _changes(package, found, frozenset(fixes), state))
+            held.commit(_changes(package, found, frozenset(fixes), state))
     return fixes
 
 
-def _changes(package: Package, found: Survey, fixes: frozenset[str], state: FixState) -> dict[Path, Change]:
-    """Every file that changes, the receipt and RECORD included."""
+def _is_published(catalog: Catalog, path: str, blob: str | None) -> bool:
+    """Whether a release has this file, by its path in the package; any receipt may lie there."""
+    path = f"sglang/{path}"
+    series = (patches.load(catalog, release) for release in catalog.releases.values())
+    return path == receipt.PATH or any(
+        path in each.files and each.published_id(path) == blob for each in series
+    )
+
+
+def _changes(package: Package, found: Survey, fixes: frozenset[str], state: FixState) -> dict[str, Change]:
+    """Every file that changes, by its path from the package, the receipt and RECORD included."""
     present = frozenset(
         patch.fix for patch in found.series.patches if found.presence(patch)[0] is Presence.IN
     )
@@ -121,8 +133,27 @@ def _changes(package: Package, found: Survey, fixes: frozenset[str], state: FixS
     before: dict[str, bytes | None] = {path: each.content for path, each in found.files.items()}
     before[receipt.PATH] = package.read(receipt.PATH)
     lines = {path: (before[path], new) for path, new in changed.items()}
-    changes = {package.path(path): change for path, change in lines.items()}
+    _check_effect(package, found, fixes, state, changed)
+    changes: dict[str, Change] = {path.removeprefix("sglang/"): change for path, change in lines.items()}
     if path := package.record():
         old = path.read_bytes()
-        changes[path] = (old, record.update(old, lines))
+        changes[f"../{path.parent.name}/{path.name}"] = (old, record.update(old, lines))
     return changes
+
+
+def _check_effect(
+    package: Package,
+    found: Survey,
+    fixes: frozenset[str],
+    state: FixState,
+    changed: Mapping[str, bytes | None],
+) -> None:
+    """See that the new bytes have the fixes, or lack them: git may not have done what it was told."""
+    told = survey.take(found.series, changed.get, package.blob)
+    wanted = Presence.IN if state is FixState.VULNERABLE else Presence.OUT
+    for patch in found.series.patches:
+        if patch.fix in fixes and told.presence(patch)[0] is not wanted:
+            raise PatchsetError(
+                f"{package}: git has not done what {patch.path} says: see whether TMPDIR is an ordinary "
+                "directory, and run this again"
+            )

@@ -16,10 +16,11 @@ from typing import BinaryIO
 from packaging.version import Version
 from wheel.wheelfile import WheelFile
 
-from sglang_patchset import archive, receipt, record, releases, series, status, transaction
+from sglang_patchset import archive, receipt, record, releases, series, status
 from sglang_patchset.archive import Member
 from sglang_patchset.catalog import Catalog, published_version
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.handles import Directory
 from sglang_patchset.status import FixState
 from sglang_patchset.targets import Wheel
 
@@ -83,21 +84,20 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
 
 def _rewrite(wheel: Wheel, version: Version, changed: Mapping[str, bytes | None], out: Path) -> Path:
     file = out / _name(wheel, version)
-    # Written under a name that is no wheel's, and renamed: the next run takes over what a killed one leaves.
-    draft = out / f".{file.name}.draft"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Written where nobody else can, and renamed: the next run takes over what a killed one leaves.
         with (
-            transaction.locked(out),
+            Directory.at(out) as place,
+            place.workspace(f".{file.name}.draft", file.name) as work,
             releases.opened(wheel.file) as source,
             wheel.file.open("rb") as packed,
         ):
-            try:
+            with work.create(file.name, 0o666) as draft:
                 archive.write(draft, _members(source, packed, wheel.version, version, changed))
-                transaction.sync(draft)
-                os.replace(draft, file)
-            finally:
-                draft.unlink(missing_ok=True)
+                draft.flush()
+                os.fsync(draft.fileno())
+            work.move(file.name, place, file.name)
     except OSError as error:
         raise PatchsetError(
             f"{out}: cannot be written to ({error.strerror}): make room there or give leave, "

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sglang_patchset import cli, receipt, transaction
+from sglang_patchset.handles import Directory
 
 from .conftest import Command, digest, edit, link
 from .faults import killed_at, stumble
@@ -50,19 +51,19 @@ def test_a_file_that_cannot_be_replaced(
         assert command("apply", tree).code == 0
     before = digest(tree)
     stuck = tree / "sglang-0.5.12.dist-info" / "RECORD"
-    replace, link_ = os.replace, os.link
+    move, link_ = Directory.move, os.link
 
-    def refuse(source: Path, target: Path) -> None:
-        if target == stuck:
+    def refuse(source: Directory, name: str, to: Directory, new: str) -> None:
+        if to.path / new == stuck:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        replace(source, target)
+        move(source, name, to, new)
 
-    def other_device(source: Path, target: Path, **options: bool) -> None:
+    def other_device(source: str, target: str, **options: int) -> None:
         if not links:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        link_(source, target, **options)
+        link_(source, target, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Directory, "move", refuse)
     monkeypatch.setattr(os, "link", other_device)
     assert f"{stuck}: cannot be replaced (Device or resource busy)" in command(verb, tree).refusal()
     assert digest(tree) == before
