@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from sglang_patchset import __version__, catalog, releases, series, status, targets, wheels
 from sglang_patchset.catalog import Catalog, Fix
-from sglang_patchset.errors import PatchsetError
+from sglang_patchset.errors import PatchsetError, tell
 from sglang_patchset.status import FixState, Report
 from sglang_patchset.targets import Package, Target, Wheel
 
@@ -386,7 +386,7 @@ def _as_json(report: Report) -> dict[str, object]:
 
 
 def _print_change(tables: Catalog, package: Package, done: str, fixes: list[str]) -> int:
-    _print_report(status.examine(tables, package))
+    _print_status(tables, package, done=bool(fixes))
     if fixes:
         print(f"{done} {', '.join(fixes)}: restart the servers that run from {package}")
     else:
@@ -395,9 +395,22 @@ def _print_change(tables: Catalog, package: Package, done: str, fixes: list[str]
 
 
 def _print_wheel(tables: Catalog, wheel: Path) -> int:
-    _print_report(status.examine(tables, targets.find(str(wheel))))
+    target = targets.find(str(wheel))
+    _print_status(tables, target, done=True)
     print(wheel)
     return 0
+
+
+def _print_status(tables: Catalog, target: Target, *, done: bool) -> None:
+    """What a verb has come to; where something is done, no failure to tell that is a failure of the verb."""
+    try:
+        report = status.examine(tables, target)
+    except (PatchsetError, OSError) as error:
+        if not done:
+            raise
+        tell(f"{target}: done, but its status cannot be told: {error}")
+    else:
+        _print_report(report)
 
 
 def _print_report(report: Report) -> None:

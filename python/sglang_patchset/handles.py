@@ -180,8 +180,8 @@ class Directory:
     def workspace(self, name: str, contents: str) -> Iterator[Directory]:
         """An empty directory in this one that is held against other runs; it is removed at the end.
 
-        It is its own lock: only this user can open it. Nothing but `contents` is made in it, and what a killed
-        run has left of that is thrown away.
+        It is its own lock: only this user can open it. Nothing but `contents` is made in it, and what a
+        killed run has left of that is thrown away.
 
         Raises:
             PatchsetError: another run holds it, another user has made it, it is something else, or its file

@@ -64,6 +64,12 @@ def lists(record: bytes, path: str) -> bool:
         raise ValueError(str(error)) from None
 
 
+def agrees(record: bytes, path: str, data: bytes | None) -> bool:
+    """Whether RECORD has a line for a file with these bytes; for no file, none."""
+    lines = [line.rstrip(b"\r\n") for line in _lines(record)[1] if _path(line) == path]
+    return lines == ([] if data is None else [f"{path},{_entry(data)}".encode()])
+
+
 def intact(record: bytes, read: Callable[[str], bytes | None]) -> bool:
     """Whether `read` gives every file that has a hash in RECORD the listed bytes; never for a broken one."""
     try:

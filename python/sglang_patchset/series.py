@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 
-from sglang_patchset import patches, receipt, record, status, survey, transaction
+from sglang_patchset import receipt, record, status, survey, transaction
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.record import Change
@@ -100,20 +100,21 @@ def _change(catalog: Catalog, package: Package, names: Sequence[str], state: Fix
     # By whichever link the package is named: RECORD is what lies beside it.
     package = replace(package, directory=package.directory.resolve())
     with transaction.locked(package.directory) as held:
-        held.complete(partial(_is_published, catalog))
+        held.complete(partial(_is_as_installed, package))
         found, fixes = select(catalog, status.examine(catalog, package), names, state)
         if fixes:
             held.commit(_changes(package, found, frozenset(fixes), state))
     return fixes
 
 
-def _is_published(catalog: Catalog, path: str, blob: str | None) -> bool:
-    """Whether a release has this file, by its path in the package; any receipt may lie there."""
-    path = f"sglang/{path}"
-    series = (patches.load(catalog, release) for release in catalog.releases.values())
-    return path == receipt.PATH or any(
-        path in each.files and each.published_id(path) == blob for each in series
-    )
+def _is_as_installed(package: Package, paths: Iterable[str]) -> bool:
+    """Whether RECORD is right of these files, named from the package; any receipt may lie there."""
+    found = package.record()
+    if found is None:
+        return False
+    data = found.read_bytes()
+    listed = [f"sglang/{path}" for path in paths]
+    return all(path == receipt.PATH or record.agrees(data, path, package.read(path)) for path in listed)
 
 
 def _changes(package: Package, found: Survey, fixes: frozenset[str], state: FixState) -> dict[str, Change]:

@@ -37,8 +37,8 @@ _JOURNAL = "journal.json"
 _LONGEST = 1 << 20
 _RECORD = re.compile(r"\.\./sglang-[^/]+\.dist-info/RECORD")
 _EDITED = "{}: changed while this run was at work: run it again"
-# Whether these are the bytes that a release was published with, by a file's path in the package and its id.
-Published = Callable[[str, "str | None"], bool]
+# Whether files of the package are as they were installed, by their paths in it.
+AsInstalled = Callable[[Iterable[str]], bool]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Transaction:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def complete(self, published: Published = lambda *_: False) -> None:
+    def complete(self, installed: AsInstalled = lambda *_: False) -> None:
         """Carry an interrupted transaction to its end, or back where its files cannot be brought there.
 
         Raises:
@@ -140,7 +140,7 @@ class Transaction:
             if directory is None:
                 return
             if entries := self._entries(directory):
-                self._carry_on(directory, entries, published)
+                self._carry_on(directory, entries, installed)
                 for entry, place in entries.items():
                     if place and entry.path.endswith(".py"):
                         bytecode.drop(place.directory, place.name)
@@ -275,7 +275,7 @@ class Transaction:
         )
 
     def _carry_on(
-        self, directory: Directory, entries: Mapping[_Entry, _Place | None], published: Published
+        self, directory: Directory, entries: Mapping[_Entry, _Place | None], installed: AsInstalled
     ) -> None:
         """Bring every file to its new bytes, or back to its old ones where they cannot all have those."""
         steps = [_Step(number, *each, directory) for number, each in enumerate(entries.items())]
@@ -285,9 +285,7 @@ class Transaction:
         # Of these, the edit is one of the new file.
         replaced = [step for step in edited if not step.is_ready]
         can_finish = all(step.is_ready for step in pending)
-        if replaced and all(
-            published(step.entry.path, step.found) for step in steps if not step.entry.path.startswith("..")
-        ):
+        if edited and installed(step.entry.path for step in steps if not step.entry.path.startswith("..")):
             tell(f"{directory.path}: of an interrupted run, before SGLang was installed again: removed")
             _undo(steps)
         elif replaced and not (can_finish and replaced == edited):
