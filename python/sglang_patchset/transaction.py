@@ -283,7 +283,7 @@ class Transaction:
         edited = [step for step in pending if step.found != step.entry.old]
         pending = [step for step in pending if step not in edited]
         # Of these, the edit is one of the new file.
-        replaced = [step for step in edited if not step.is_ready]
+        replaced = [step for step in edited if step.is_replaced]
         can_finish = all(step.is_ready for step in pending)
         if edited and installed(step.entry.path for step in steps if not step.entry.path.startswith("..")):
             tell(f"{directory.path}: of an interrupted run, before SGLang was installed again: removed")
@@ -332,6 +332,8 @@ class _Step:
         self._new, self._old = str(number), f"{number}.old"
         self.found = _id(place)
         self.is_ready = entry.new is None or _blob(directory.read(self._new, follow=False)) == entry.new
+        # On the way back, what was kept of the old file is in its place again.
+        self.is_replaced = not self.is_ready and (entry.old is None or bool(directory.stat(self._old)))
 
     @property
     def path(self) -> Path:
