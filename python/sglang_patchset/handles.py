@@ -30,7 +30,6 @@ _SIGNATURES = ("security.ima", "security.evm")
 _IS_NO_DIRECTORY = (errno.ENOTDIR, errno.ELOOP)
 # How often a name may lead to something else between two looks at it.
 _TRIES = 100
-_BUSY = "{}: another run is at work on it: wait for its end"
 
 
 class Directory:
@@ -233,7 +232,7 @@ class Directory:
                 os.close(work.handle)
                 raise
             os.close(work.handle)
-        raise PatchsetError(_BUSY.format(self.path))
+        raise self._busy()
 
     def _hold(self, name: str, work: Directory) -> None:
         owner = os.fstat(work.handle).st_uid
@@ -242,11 +241,14 @@ class Directory:
         try:
             fcntl.flock(work.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PatchsetError(_BUSY.format(self.path)) from None
+            raise self._busy() from None
         except OSError as error:
             raise PatchsetError(
                 f"{self.path}: cannot be locked ({error.strerror}): run this where its disk is"
             ) from None
+
+    def _busy(self) -> PatchsetError:
+        return PatchsetError(f"{self.path}: another run is at work on it: wait for its end")
 
     def _taken(self, name: str, owner: int) -> PatchsetError:
         return PatchsetError(

@@ -165,7 +165,9 @@ class Transaction:
             assert self._refusal
             raise _unwritable(package, self._refusal)
         if self._package.stat(_COMMITTED):
-            raise PatchsetError(f"{package / _COMMITTED}: left by an earlier run that could not: remove it")
+            raise PatchsetError(
+                f"{package / _COMMITTED}: left by an earlier run, which could not remove it: do"
+            )
         entries = []
         try:
             with self._work.make(_STAGED) as staging:
