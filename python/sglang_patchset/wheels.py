@@ -7,6 +7,7 @@ its dist-info. Those are not compressed: the same wheel comes out of every Pytho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,10 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
         )
     version = found.series.release.version
     published = wheel.file.with_name(_name(wheel, version))
+    if published.exists():
+        # What is left of a run that was killed after it.
+        with contextlib.suppress(OSError):
+            _draft(published).rmdir()
     # Where it lies there as published already, it stays the very file.
     if published.exists() and releases.listed(catalog, published) == "published":
         return published
@@ -89,7 +94,7 @@ def _rewrite(wheel: Wheel, version: Version, changed: Mapping[str, bytes | None]
         # Written where nobody else can, and renamed: the next run takes over what a killed one leaves.
         with (
             Directory.at(out) as place,
-            place.workspace(f".{file.name}.draft", file.name) as work,
+            place.workspace(_draft(file).name, file.name) as work,
             releases.opened(wheel.file) as source,
             wheel.file.open("rb") as packed,
         ):
@@ -104,6 +109,11 @@ def _rewrite(wheel: Wheel, version: Version, changed: Mapping[str, bytes | None]
             "and run this again"
         ) from None
     return file
+
+
+def _draft(file: Path) -> Path:
+    """The directory that a wheel is written in; its name is no wheel's."""
+    return file.with_name(f".{file.name}.draft")
 
 
 def _members(
