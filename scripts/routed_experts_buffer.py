@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Print the table of docs/routed-experts-buffer.md, from a patched tree of 0.5.12.
 
-Run as PYTHONPATH=TREE python scripts/routed_experts_buffer.py, in the environment of scripts/test.sh. The buffer is the
-patched code's own, allocated on PyTorch's meta device.
+Run as PYTHONPATH=TREE python scripts/routed_experts_buffer.py, in the environment of scripts/test.sh. The
+buffer is the patched code's own, allocated on PyTorch's meta device.
 """
 
 from types import SimpleNamespace
@@ -26,19 +26,19 @@ MODEL = SimpleNamespace(
     is_draft_model=False,
 )
 SLOTS = 1_000_000
-DP = dict(tp_size=16, dp_size=16, enable_dp_attention=True)
-VERIFY = dict(
-    speculative_algorithm="EAGLE",
-    speculative_num_steps=3,
-    speculative_eagle_topk=1,
-    speculative_num_draft_tokens=4,
-)
+DP = {"tp_size": 16, "dp_size": 16, "enable_dp_attention": True}
+VERIFY = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_num_steps": 3,
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
 # DP attention cuts the chunks among its ranks.
-RANK_CHUNKS = dict(chunked_prefill_size=8192 // 16)
-UNCHUNKED = dict(chunked_prefill_size=-1)
+RANK_CHUNKS = {"chunked_prefill_size": 8192 // 16}
+UNCHUNKED = {"chunked_prefill_size": -1}
 # (words, arguments, requests that run at once on a DP rank)
 CONFIGURATIONS = (
-    ("`--tp-size 8`, chunks of 8,192", dict(tp_size=8), 256),
+    ("`--tp-size 8`, chunks of 8,192", {"tp_size": 8}, 256),
     ("the same, EAGLE with 4 draft tokens", dict(tp_size=8, **VERIFY), 256),
     ("the same, 4,096 requests", dict(tp_size=8, **VERIFY), 4096),
     ("`--tp-size 8`, unchunked", dict(tp_size=8, **UNCHUNKED), 256),
@@ -46,7 +46,7 @@ CONFIGURATIONS = (
     ("`--dp-size 16`, chunks of 8,192, 512 on a rank", DP | RANK_CHUNKS, 256),
     ("the same, EAGLE with 4 draft tokens", DP | RANK_CHUNKS | VERIFY, 256),
     ("`--dp-size 16`, unchunked", DP | UNCHUNKED, 256),
-    ("the same, `--disable-radix-cache`", DP | UNCHUNKED | dict(disable_radix_cache=True), 256),
+    ("the same, `--disable-radix-cache`", DP | UNCHUNKED | {"disable_radix_cache": True}, 256),
     ("the same, `--max-prefill-tokens 4096 --context-length 32768`", "short", 256),
     ("`--dp-size 16`, unchunked, `--moe-a2a-backend deepep`", "deepep", 256),
 )
@@ -54,20 +54,21 @@ CONFIGURATIONS = (
 _zeros = torch.zeros
 
 
-def zeros_on_meta(*size, pin_memory=False, device=None, **kwargs):
+def zeros_on_meta(*size, pin_memory=False, device=None, **kwargs):  # noqa: ARG001
     return _zeros(*size, device="meta", **kwargs)
 
 
 def buffer_of(args, requests):
     model, backend = MODEL, MoeA2ABackend.NONE
     if args == "short":
-        args = DP | UNCHUNKED | dict(disable_radix_cache=True, max_prefill_tokens=4096)
-        model = SimpleNamespace(**vars(MODEL) | dict(context_len=32_768))
+        args = DP | UNCHUNKED | {"disable_radix_cache": True, "max_prefill_tokens": 4096}
+        model = SimpleNamespace(**vars(MODEL) | {"context_len": 32_768})
     elif args == "deepep":
         args, backend = DP | UNCHUNKED, MoeA2ABackend.DEEPEP
     server_args = ServerArgs(
         model_path="dummy",
-        **dict(chunked_prefill_size=8192, max_prefill_tokens=16_384, disable_piecewise_cuda_graph=True) | args,
+        **{"chunked_prefill_size": 8192, "max_prefill_tokens": 16_384, "disable_piecewise_cuda_graph": True}
+        | args,
     )
     with (
         patch.object(server_args_module, "_global_server_args", server_args),

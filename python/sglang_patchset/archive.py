@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipInfo
 
@@ -51,22 +50,21 @@ def copied(name: str, member: ZipInfo, source: BinaryIO) -> Member:
     return Member(name, member, packed, member.compress_type, member.CRC, member.file_size)
 
 
-def write(file: Path, members: Iterable[Member]) -> None:
+def write(target: BinaryIO, members: Iterable[Member]) -> None:
     """Write an archive."""
     directory, count, offset = b"", 0, 0
-    with file.open("wb") as target:
-        for count, member in enumerate(members, 1):  # noqa: B007
-            name = member.name.encode()
-            year, month, day, hour, minute, second = member.like.date_time
-            common = struct.pack(
-                "<5H3L2H",
-                *(_VERSION, 0 if name.isascii() else _UTF8, member.method),
-                *(hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day),
-                *(member.crc, len(member.packed), member.size, len(name), 0),
-            )
-            target.write(b"PK\3\4" + common + name + member.packed)
-            made_by, mode = struct.pack("<H", _UNIX | _VERSION), member.like.external_attr
-            directory += b"PK\1\2" + made_by + common + struct.pack("<3H2L", 0, 0, 0, mode, offset) + name
-            offset += 30 + len(name) + len(member.packed)
-        target.write(directory)
-        target.write(b"PK\5\6" + struct.pack("<4H2LH", 0, 0, count, count, len(directory), offset, 0))
+    for count, member in enumerate(members, 1):  # noqa: B007
+        name = member.name.encode()
+        year, month, day, hour, minute, second = member.like.date_time
+        common = struct.pack(
+            "<5H3L2H",
+            *(_VERSION, 0 if name.isascii() else _UTF8, member.method),
+            *(hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day),
+            *(member.crc, len(member.packed), member.size, len(name), 0),
+        )
+        target.write(b"PK\3\4" + common + name + member.packed)
+        made_by, mode = struct.pack("<H", _UNIX | _VERSION), member.like.external_attr
+        directory += b"PK\1\2" + made_by + common + struct.pack("<3H2L", 0, 0, 0, mode, offset) + name
+        offset += 30 + len(name) + len(member.packed)
+    target.write(directory)
+    target.write(b"PK\5\6" + struct.pack("<4H2LH", 0, 0, count, count, len(directory), offset, 0))

@@ -20,7 +20,7 @@ from packaging.version import Version
 from sglang_patchset import __version__, matrix, releases, repair, status, tables, targets, wheels
 from sglang_patchset import catalog as catalogue
 from sglang_patchset.catalog import Catalog, Fix
-from sglang_patchset.errors import PatchsetError
+from sglang_patchset.errors import PatchsetError, tell
 from sglang_patchset.status import OPEN, FixState, Report
 from sglang_patchset.targets import Package, Target, Wheel
 
@@ -412,7 +412,7 @@ def _fix_as_json(fix: Fix) -> dict[str, object]:
 
 
 def _print_change(catalog: Catalog, package: Package, done: str, fixes: list[str]) -> int:
-    _print_report(status.examine(catalog, package))
+    _print_status(catalog, package, done=bool(fixes))
     if fixes:
         print(f"{done} {', '.join(fixes)}: restart the servers that run from {package}")
     else:
@@ -421,9 +421,22 @@ def _print_change(catalog: Catalog, package: Package, done: str, fixes: list[str
 
 
 def _print_wheel(catalog: Catalog, wheel: Path) -> int:
-    _print_report(status.examine(catalog, targets.find(str(wheel))))
+    target = targets.find(str(wheel))
+    _print_status(catalog, target, done=True)
     print(wheel)
     return 0
+
+
+def _print_status(tables: Catalog, target: Target, *, done: bool) -> None:
+    """What a verb has come to; where something is done, no failure to tell that is a failure of the verb."""
+    try:
+        report = status.examine(tables, target)
+    except (PatchsetError, OSError) as error:
+        if not done:
+            raise
+        tell(f"{target}: done, but its status cannot be told: {error}")
+    else:
+        _print_report(report)
 
 
 def _print_report(report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 from base64 import urlsafe_b64encode
@@ -12,31 +13,42 @@ Change = tuple["bytes | None", "bytes | None"]
 
 
 def update(record: bytes, changes: Mapping[str, Change]) -> bytes:
-    """RECORD after these changes, every other line as it was.
+    """RECORD after these changes, every other byte as it was; changing the files back gives the same bytes.
 
-    A line whose hash is not that of the file's old bytes is somebody else's statement and stays. New files
-    come first: only so is taking them out again the identity, whether or not the last line has an end.
+    A line whose hash is not that of the file's old bytes is somebody else's statement and stays, and so do
+    all lines of a file of which one has the new hash already. New files come first: only so is taking them
+    out again the identity, whether or not the last line has an end.
     """
-    added = {path: new for path, (old, new) in changes.items() if old is None and new is not None}
-    lines = []
-    for line in record.decode("utf-8").splitlines(keepends=True):
-        path = _path(line)
-        old, new = changes.get(path, (None, None))
-        if old is not None and new is None:
-            continue
-        if old is not None and new is not None:
-            line = line.replace(_entry(old), _entry(new))
-        if path not in added:
-            lines.append(line)
-    end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
-    return "".join([f"{path},{_entry(new)}{end}" for path, new in added.items()] + lines).encode("utf-8")
+    mark, lines = _lines(record)
+    numbers: dict[str, list[int]] = {}
+    for number, line in enumerate(lines):
+        numbers.setdefault(_path(line), []).append(number)
+    added = []
+    end = b"\r\n" if lines and lines[0].endswith(b"\r\n") else b"\n"
+    for path, (old, new) in changes.items():
+        if old is None and new is not None:
+            added.append(f"{path},{_entry(new)}".encode() + end)
+        elif old is not None and new is None:
+            # The first of them is what was added.
+            line = f"{path},{_entry(old)}".encode()
+            for number in [each for each in numbers.get(path, ()) if lines[each].rstrip(b"\r\n") == line][:1]:
+                lines[number] = b""
+        elif old is not None and new is not None:
+            before, after = _entry(old).encode(), _entry(new).encode()
+            listed = numbers.get(path, ())
+            if not any(after in lines[number] for number in listed):
+                for number in listed:
+                    lines[number] = lines[number].replace(before, after)
+    return mark + b"".join(added + lines)
 
 
 def move(record: bytes, old: str, new: str) -> bytes:
     """RECORD after a directory changed its name; both names end with a slash."""
-    lines = record.decode("utf-8").splitlines(keepends=True)
-    moved = (new + line.removeprefix(old) if line.startswith(old) else line for line in lines)
-    return "".join(moved).encode("utf-8")
+    mark, lines = _lines(record)
+    before, after = old.encode(), new.encode()
+    return mark + b"".join(
+        after + line.removeprefix(before) if line.startswith(before) else line for line in lines
+    )
 
 
 def lists(record: bytes, path: str) -> bool:
@@ -45,10 +57,17 @@ def lists(record: bytes, path: str) -> bool:
     Raises:
         ValueError: it is no RECORD; where it is one, `update` and `move` can read it as well.
     """
+    record.decode("utf-8")
     try:
-        return path in [_path(line) for line in record.decode("utf-8").splitlines(keepends=True)]
+        return path in map(_path, _lines(record)[1])
     except csv.Error as error:
         raise ValueError(str(error)) from None
+
+
+def agrees(record: bytes, path: str, data: bytes | None) -> bool:
+    """Whether RECORD has a line for a file with these bytes; for no file, none."""
+    lines = [line.rstrip(b"\r\n") for line in _lines(record)[1] if _path(line) == path]
+    return lines == ([] if data is None else [f"{path},{_entry(data)}".encode()])
 
 
 def intact(record: bytes, read: Callable[[str], bytes | None]) -> bool:
@@ -63,10 +82,17 @@ def intact(record: bytes, read: Callable[[str], bytes | None]) -> bool:
     return True
 
 
-def _path(line: str) -> str:
-    if not line.startswith('"'):  # as almost every line: a reader for each takes longer than all the rest
-        return line.partition(",")[0].rstrip("\r\n")
-    row = next(csv.reader([line]))
+def _lines(record: bytes) -> tuple[bytes, list[bytes]]:
+    """A byte order mark, if it has one, and its lines, each with its end: what else is in them ends none."""
+    mark = codecs.BOM_UTF8 if record.startswith(codecs.BOM_UTF8) else b""
+    lines = record[len(mark) :].split(b"\n")
+    return mark, [line + b"\n" for line in lines[:-1]] + [lines[-1]] * bool(lines[-1])
+
+
+def _path(line: bytes) -> str:
+    if not line.startswith(b'"'):  # as almost every line: a reader for each takes longer than all the rest
+        return line.partition(b",")[0].rstrip(b"\r\n").decode()
+    row = next(csv.reader([line.decode()]))
     return row[0] if row else ""
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
+from functools import partial
 
 from sglang_patchset import receipt, record, status, survey, transaction
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.record import Change
 from sglang_patchset.status import OPEN, FixState, FixStatus, Report
-from sglang_patchset.survey import Survey
+from sglang_patchset.survey import Presence, Survey
 from sglang_patchset.targets import Package
 
 
@@ -120,23 +121,54 @@ def changed(
 
 
 def _change(catalog: Catalog, package: Package, names: Sequence[str], state: FixState) -> list[str]:
-    with transaction.locked(package.directory):
-        transaction.complete(package.directory)
+    # By whichever link the package is named: RECORD is what lies beside it.
+    package = replace(package, directory=package.directory.resolve())
+    with transaction.locked(package.directory) as held:
+        held.complete(partial(_is_as_installed, package))
         found, fixes = select(catalog, status.examine(catalog, package), names, state)
         if fixes:
-            transaction.commit(package.directory, _changes(package, found, frozenset(fixes), state))
+            held.commit(_changes(package, found, frozenset(fixes), state))
     return fixes
 
 
-def _changes(package: Package, found: Survey, fixes: frozenset[str], state: FixState) -> dict[Path, Change]:
-    """Every file that changes, the receipt and RECORD included."""
+def _is_as_installed(package: Package, paths: Iterable[str]) -> bool:
+    """Whether RECORD is right of these files, named from the package; any receipt may lie there."""
+    found = package.record()
+    if found is None:
+        return False
+    data = found.read_bytes()
+    listed = [f"sglang/{path}" for path in paths]
+    return all(path == receipt.PATH or record.agrees(data, path, package.read(path)) for path in listed)
+
+
+def _changes(package: Package, found: Survey, fixes: frozenset[str], state: FixState) -> dict[str, Change]:
+    """Every file that changes, by its path from the package, the receipt and RECORD included."""
     new = changed(found, add=fixes) if state is FixState.VULNERABLE else changed(found, remove=fixes)
     # What a touched file was is what the new bytes were made of, whatever has happened to it since.
     before: dict[str, bytes | None] = {path: each.content for path, each in found.files.items()}
     before[receipt.PATH] = package.read(receipt.PATH)
     lines = {path: (before[path], content) for path, content in new.items()}
-    changes = {package.path(path): change for path, change in lines.items()}
+    _check_effect(package, found, fixes, state, new)
+    changes: dict[str, Change] = {path.removeprefix("sglang/"): change for path, change in lines.items()}
     if path := package.record():
         old = path.read_bytes()
-        changes[path] = (old, record.update(old, lines))
+        changes[f"../{path.parent.name}/{path.name}"] = (old, record.update(old, lines))
     return changes
+
+
+def _check_effect(
+    package: Package,
+    found: Survey,
+    fixes: frozenset[str],
+    state: FixState,
+    changed: Mapping[str, bytes | None],
+) -> None:
+    """See that the new bytes have the fixes, or lack them: git may not have done what it was told."""
+    told = survey.take(found.series, changed.get, package.blob)
+    wanted = Presence.IN if state is FixState.VULNERABLE else Presence.OUT
+    for patch in found.series.patches:
+        if patch.fix in fixes and told.presence(patch)[0] is not wanted:
+            raise PatchsetError(
+                f"{package}: git has not done what {patch.path} says: see whether TMPDIR is an ordinary "
+                "directory, and run this again"
+            )

@@ -7,6 +7,7 @@ its dist-info. Those are not compressed: the same wheel comes out of every Pytho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,11 @@ from typing import BinaryIO
 
 from packaging.version import Version
 
-from sglang_patchset import archive, receipt, record, releases, repair, status, transaction
+from sglang_patchset import archive, receipt, record, releases, repair, status
 from sglang_patchset.archive import Member
 from sglang_patchset.catalog import Catalog, published_version
 from sglang_patchset.errors import PatchsetError
+from sglang_patchset.handles import Directory
 from sglang_patchset.releases import WheelFile
 from sglang_patchset.status import FixState
 from sglang_patchset.targets import Wheel
@@ -66,6 +68,10 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
         )
     version = found.series.release.version
     published = wheel.file.with_name(_name(wheel, version))
+    if published.exists():
+        # What is left of a run that was killed after it.
+        with contextlib.suppress(OSError):
+            _draft(published).rmdir()
     # Where it lies there as published already, it stays the very file.
     if published.exists() and releases.listed(catalog, published) == "published":
         return published
@@ -80,27 +86,31 @@ def unpatch(catalog: Catalog, wheel: Wheel) -> Path:
 
 def _rewrite(wheel: Wheel, version: Version, changed: Mapping[str, bytes | None], out: Path) -> Path:
     file = out / _name(wheel, version)
-    # Written under a name that is no wheel's, and renamed: the next run takes over what a killed one leaves.
-    draft = out / f".{file.name}.draft"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Written where nobody else can, and renamed: the next run takes over what a killed one leaves.
         with (
-            transaction.locked(out),
+            Directory.at(out) as place,
+            place.workspace(_draft(file).name, file.name) as work,
             releases.opened(wheel.file) as source,
             wheel.file.open("rb") as packed,
         ):
-            try:
+            with work.create(file.name, 0o666) as draft:
                 archive.write(draft, _members(source, packed, wheel.version, version, changed))
-                transaction.sync(draft)
-                os.replace(draft, file)
-            finally:
-                draft.unlink(missing_ok=True)
+                draft.flush()
+                os.fsync(draft.fileno())
+            work.move(file.name, place, file.name)
     except OSError as error:
         raise PatchsetError(
             f"{out}: cannot be written to ({error.strerror}): make room there or give leave, "
             "and run this again"
         ) from None
     return file
+
+
+def _draft(file: Path) -> Path:
+    """The directory that a wheel is written in; its name is no wheel's."""
+    return file.with_name(f".{file.name}.draft")
 
 
 def _members(

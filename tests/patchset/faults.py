@@ -17,7 +17,7 @@ Fault = Callable[[str, int], None]
 
 _OPERATIONS = {
     *("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink"),
-    *("os.truncate", "os.utime"),
+    *("os.truncate", "os.utime", "os.setxattr", "os.removexattr"),
 }
 # What takes room on a disk.
 _GROWING = {"open", "write", "fsync", "os.link", "os.mkdir", "os.symlink"}
@@ -94,22 +94,30 @@ def _watch(directory: str, fault: Fault) -> None:
         if isinstance(path, int):
             path = _path_of(path)
         elif isinstance(dir_fd, int) and dir_fd >= 0:
-            path = f"{_path_of(dir_fd)}/{path}"
+            path = os.path.normpath(f"{_path_of(dir_fd)}/{path}")
         return str(path).startswith(directory)
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
+            # That of a name in a directory that is open is told below: nothing here says which one.
             writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if writes and below(arguments[0]):
+            if writes and Path(str(arguments[0])).is_absolute() and below(arguments[0]):
                 count(event)
         elif event in _OPERATIONS:
             # The last argument, or the one before it, is the directory that a bare name lies in.
             paths = [each for each in arguments if isinstance(each, (str, Path))]
-            if any(below(path, arguments[-1]) for path in paths):
+            if any(below(path, arguments[-1]) for path in paths) or below(arguments[0]):
                 count(event)
 
     sys.addaudithook(audit)
-    open_ = io.open
+    open_, os_open = io.open, os.open
+
+    def opened_in(path: Any, flags: int, *arguments: Any, dir_fd: int | None = None) -> int:
+        if dir_fd is not None and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and below(path, dir_fd):
+            count("open")
+        return os_open(path, flags, *arguments, dir_fd=dir_fd)
+
+    os.open = opened_in  # type: ignore[assignment]
 
     def torn(file: Any, *arguments: Any, **options: Any) -> Any:
         opened = open_(file, *arguments, **options)

@@ -124,7 +124,8 @@ def journals(script: bytes) -> None:
         _write(directory / "0", b"new")
         _write(directory / "journal.json", mutated(_JOURNAL, script))
         with contextlib.suppress(PatchsetError):
-            transaction.complete(package)
+            with transaction.locked(package) as held:
+                held.complete()
             assert not directory.exists()
         assert outside.read_bytes() == b"old"
         assert (package / "a.py").read_bytes() in (b"old", b"new")

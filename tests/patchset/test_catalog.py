@@ -262,7 +262,8 @@ def test_a_tester_s_mistake_stops_no_operator(project: Path, tree: Path) -> None
 def test_an_operator_s_verbs_import_nothing_of_the_others(side: str, tree: Path) -> None:
     code = (
         "import sys\nfrom sglang_patchset import cli\n"
-        f"for verb in ('list', 'status', 'apply', 'revert'): cli.main([verb, *[{str(tree)!r}] * (verb != 'list')])\n"
+        f"for words in (['list'], *([verb, {str(tree)!r}] for verb in ('status', 'apply', 'revert'))):\n"
+        "    cli.main(words)\n"
         f"sys.exit(any(name.startswith('sglang_patchset.{side}') for name in sys.modules))"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_patchset import cli, transaction
+from sglang_patchset import cli
+from sglang_patchset.handles import Directory
+from sglang_patchset.transaction import Transaction
 
 from .conftest import Command, digest, edit, link
 
@@ -86,7 +88,8 @@ def test_a_hundred_looks_at_a_tree_that_changes(
 
 
 def test_two_wheels_at_once(wheels: Mapping[str, Path], command: Command, tmp_path: Path) -> None:
-    with transaction.locked(tmp_path):
+    name = wheels["0.5.12"].name.replace("-0.5.12-", "-0.5.12+patchset.1-")
+    with Directory.at(tmp_path) as directory, directory.workspace(f".{name}.draft", name):
         refusal = command("wheel", wheels["0.5.12"], tmp_path).refusal()
     assert f"{tmp_path}: another run is at work on it: wait for its end" in refusal
     assert list(tmp_path.iterdir()) == []
@@ -114,13 +117,13 @@ def test_an_edit_while_a_run_is_at_work(
     path: str, tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes after the run has looked at the file and before it has replaced it; nobody's work is lost."""
-    check = transaction._check_directories
+    check = Transaction._check_directories
 
     def before_staging(*arguments: object) -> None:
         check(*arguments)  # type: ignore[arg-type]
         edit(tree / path, "# mine")
 
-    monkeypatch.setattr(transaction, "_check_directories", before_staging)
+    monkeypatch.setattr(Transaction, "_check_directories", before_staging)
     untouched = {name: entry for name, entry in digest(tree).items() if name != path}
     refusal = command("apply", tree, HASH).refusal()
     assert f"{tree / path}: changed while this run was at work: run it again" in refusal
@@ -134,16 +137,16 @@ def test_an_edit_while_a_run_is_at_work(
 def test_an_edit_between_two_replacements(
     tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace = os.replace
+    move = Directory.move
     record = tree / INFO / "RECORD"
 
-    def interfere(source: Path, target: Path) -> None:
-        replace(source, target)
-        if target == tree / HASH_TOPK and not record.read_text().endswith("# mine\n"):
+    def interfere(source: Directory, name: str, to: Directory, new: str) -> None:
+        move(source, name, to, new)
+        if to.path / new == tree / HASH_TOPK and not record.read_text().endswith("# mine\n"):
             edit(record, "# mine")
 
     before = {name: entry for name, entry in digest(tree).items() if not name.endswith("RECORD")}
-    monkeypatch.setattr(os, "replace", interfere)
+    monkeypatch.setattr(Directory, "move", interfere)
     assert f"{record}: changed while this run was at work" in command("apply", tree, HASH).refusal()
     assert {name: entry for name, entry in digest(tree).items() if not name.endswith("RECORD")} == before
     assert record.read_text().endswith("# mine\n")

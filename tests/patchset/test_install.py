@@ -79,9 +79,9 @@ def test_round_trip_in_an_environment(
     assert digest(as_installed) == before
 
     # A second time changes nothing, not even a time.
-    times = {path: path.stat().st_mtime_ns for path in installed.rglob("*")}
+    times = {path: path.stat().st_mtime_ns for path in installed.rglob("*") if path.is_file()}
     assert "nothing to do" in command("apply", installed).out
-    assert times == {path: path.stat().st_mtime_ns for path in installed.rglob("*")}
+    assert times == {path: path.stat().st_mtime_ns for path in installed.rglob("*") if path.is_file()}
 
     # The record tells what is in, one fix taken out again included.
     assert command("revert", installed, DSV4).code == 0

@@ -27,6 +27,7 @@ from .faults import Fault, disk_full_from, killed_at, noted_in, refused_at, stum
 DSV4, HASH = "dsv4-expert-distribution", "hash-topk-dummy-weights"
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
 INFO = "sglang-0.5.12.dist-info"
+TOLD = (HASH_TOPK, "/RECORD", "/_patchset.json")
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ def listed(scene: Scene, tmp_path: Path) -> list[str]:
     return (tmp_path / "operations").read_text().split()
 
 
-def came_through(scene: Scene, tree: Path, verb: str, command: Command, tmp_path: Path) -> str:
-    """See to a tree whose run was killed; tells which of the three it was."""
+def came_through(
+    scene: Scene, tree: Path, verb: str, command: Command, tmp_path: Path, *, back: bool = False
+) -> str:
+    """See to a tree whose run was killed, on its way back perhaps; tells which of the three it was."""
     status = command("status", tree)
     found = settled(tree)
     interrupted = "interrupted" in status.out
@@ -97,21 +100,30 @@ def came_through(scene: Scene, tree: Path, verb: str, command: Command, tmp_path
         assert status.code == 2
     else:
         assert found in (scene.before, scene.after)
-    # An edit that comes now is not lost either.
+    # An edit that comes now is not lost either, and in nobody's way.
     edited = link(tree, tmp_path / "edited")
     (file,) = edited.rglob(HASH_TOPK)
     edit(file, "# mine too")
     mine = digest(edited)
     result = command(verb, edited, *scene.fixes)
-    assert file.read_text().endswith("# mine\n# mine too\n")
-    if interrupted:
-        assert f"{file}: edited after a run was interrupted" in result.refusal()
-        assert digest(edited) == mine
-    else:
-        assert result.code == 0
-    shutil.rmtree(edited)
     assert command(verb, tree, *scene.fixes).code == 0
     assert digest(tree) == scene.patched(verb)
+    if back and interrupted and result.code:
+        # It is one of the new file, and the others cannot follow any more.
+        assert f"{file}: edited after a run was interrupted: save it, `cp " in result.refusal()
+        held = str(file.relative_to(edited)).replace(HASH_TOPK, "sglang/.patchset-transaction.tmp")
+        assert {**digest(edited), held: ""} == {**mine, held: ""}
+    else:
+        assert result.code == 0
+        (without,) = tree.rglob(HASH_TOPK)
+        assert file.read_text() == without.read_text() + "# mine too\n"
+        # An edited file has another mode, and RECORD and the receipt may tell of it.
+        told = [
+            {path: entry for path, entry in digest(each).items() if not path.endswith(TOLD)}
+            for each in (tree, edited)
+        ]
+        assert told[0] == told[1]
+    shutil.rmtree(edited)
     shutil.rmtree(tree)
     return "interrupted" if interrupted else "before" if found == scene.before else "after"
 
@@ -161,7 +173,8 @@ def test_killed_on_the_way_back(
         tree = link(scene.source, tmp_path / "tree")
         code = stumble(scene.action(tree), tree, killed_at(step, after=refused_at(stuck)))
         if code == -9:
-            points[came_through(scene, tree, ("apply", "revert")[step % 2], command, tmp_path)] += 1
+            verb = ("apply", "revert")[step % 2]
+            points[came_through(scene, tree, verb, command, tmp_path, back=True)] += 1
     assert code == 2
     assert digest(tree) == scene.before
     print(f"killed at {step - stuck - 1} points: {dict(points)}")
@@ -251,7 +264,8 @@ def test_wheel_killed_at_every_operation(
         return 0
 
     def contents() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+        found = out.iterdir() if out.exists() else ()
+        return {path.name: path.read_bytes() if path.is_file() else b"" for path in found}
 
     before = {} if verb == "wheel" else contents()
     action()

@@ -58,8 +58,8 @@ def _evidence(catalog: Catalog) -> Iterator[str]:
     tested = {(job.fix.name, str(job.release.version)) for job in cuda.jobs(catalog)}
     yield (
         f"{len(there)} of {len(every)} patches were seen red and green on a GPU, by the same file: red on "
-        "the release as published, for the reason that the bug gives, and green on the patched tree. There "
-        f"are tests that need GPUs for {len(tested)}; what is proved without one, `./scripts/test.sh` shows.\n"
+        "the release as published, for the reason that the bug gives, and green on the patched tree. "
+        f"There are tests that need GPUs for {len(tested)}; `./scripts/test.sh` proves all without one.\n"
     )
     yield results.table(catalog)
     if missing := sorted(every - there):
