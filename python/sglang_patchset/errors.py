@@ -12,3 +12,11 @@ class PatchsetError(Exception):
 
 def _escaped(char: str) -> str:
     return char.encode("ascii", "backslashreplace").decode() if ord(char) > 127 else f"\\x{ord(char):02x}"
+
+
+def fault(error: Exception) -> PatchsetError:
+    """What is said of an exception that nobody has foreseen; `python -X dev` shows where it comes from."""
+    return PatchsetError(
+        f"{type(error).__name__} ({error}): a fault of sglang-patchset, not of what it was run on: report it "
+        "with what `python -X dev -m sglang_patchset` says"
+    )
