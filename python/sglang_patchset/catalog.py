@@ -84,7 +84,8 @@ class Fix:
 
     `code` names the files without which a release cannot have the bug. `suite` runs without a GPU, and on
     every release; those of `cuda` on the releases that have reds there. `needs` names earlier fixes on top
-    of which the patch of this one applies; `Catalog.needed` says where.
+    of which the patch of this one applies; `Catalog.needed` says where. `upstream_code` is keyed by version
+    specifiers too, of releases that have the fix: lines without their indentation, by their file.
     """
 
     name: str
@@ -96,6 +97,12 @@ class Fix:
     suite: Suite
     cuda: tuple[Suite, ...] = ()
     needs: tuple[str, ...] = ()
+    upstream_code: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+
+    def upstream_lines(self, version: Version) -> Mapping[str, tuple[str, ...]]:
+        """Lines of upstream's own fix in that release, by their file; none of a file that it leaves alone."""
+        matching = (files for each, files in self.upstream_code.items() if version in SpecifierSet(each))
+        return {path: lines for files in matching for path, lines in files.items()}
 
     def cell(self, version: Version) -> Cell | None:
         """The fix's state in that release; None for a release that nobody has looked at.
@@ -266,9 +273,21 @@ def _fix(name: str, table: Table) -> Fix:
             suite=_suite(entry),
             cuda=tuple(map(_suite, entry.tables("cuda"))),
             needs=entry.texts("needs"),
+            upstream_code={
+                versions: _lines(files) for versions, files in entry.by_versions("upstream-code", {}).items()
+            },
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _lines(files: Table) -> dict[str, tuple[str, ...]]:
+    lines = {path: files.texts(path) for path in files}
+    must(all(map(is_package_file, lines)), "upstream-code names a file outside of sglang/")
+    must(
+        all(line.strip() == line != "" for each in lines.values() for line in each), "upstream-code: no line"
+    )
+    return lines
 
 
 def _suite(entry: Table) -> Suite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -59,6 +60,8 @@ _FROM_TABLE = {
     CellState.UPSTREAM: FixState.FIXED_UPSTREAM,
     CellState.NOT_AFFECTED: FixState.NOT_AFFECTED,
 }
+# The two that reassure, which no version alone may do.
+_NOT_WANTED = {CellState.UPSTREAM: "has it", CellState.NOT_AFFECTED: "does not need it"}
 _FROM_TREE = {
     Presence.IN: FixState.PATCHED,
     Presence.OUT: FixState.VULNERABLE,
@@ -89,7 +92,9 @@ def examine(catalog: Catalog, target: Target) -> Report:
 
 def _examine(catalog: Catalog, target: Target) -> Report:
     fixes = catalog.fixes.values()
-    with target.reader() as read:
+    with target.reader() as unread:
+        # Several fixes look at the same file.
+        read = functools.cache(unread)
         found = _survey(catalog, target, read)
         if found is None:
             return _report(target, None, [_by_version(catalog, fix, target.version, read) for fix in fixes])
@@ -120,8 +125,8 @@ def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None
     cell = fix.cell(release)
     if cell is None:
         return FixStatus(fix, FixState.UNKNOWN, f"fixes.toml says nothing of it in {release}")
-    if cell.state is CellState.UPSTREAM and (reason := _contradiction(catalog, fix, read)):
-        return FixStatus(fix, FixState.UNKNOWN, f"SGLang {release} has it, but {reason}")
+    if cell.state in _NOT_WANTED and (reason := _contradiction(catalog, fix, release, cell.state, read)):
+        return FixStatus(fix, FixState.UNKNOWN, f"SGLang {release} {_NOT_WANTED[cell.state]}, but {reason}")
     if cell.state is not CellState.PATCH:
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     patch = found.series.patch(fix.name)
@@ -146,7 +151,7 @@ def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reade
     if version is None:
         return FixStatus(fix, FixState.UNKNOWN, "no version, and the files are not those of a pinned release")
     if cell := fix.cell(version):
-        if cell.state is not CellState.UNPATCHED and (reason := _contradiction(catalog, fix, read)):
+        if cell.state in _NOT_WANTED and (reason := _contradiction(catalog, fix, version, cell.state, read)):
             return FixStatus(fix, FixState.UNKNOWN, f"the version says {version}, but {reason}")
         return FixStatus(fix, _FROM_TABLE[cell.state], cell.note)
     if version.is_prerelease or version.local:
@@ -158,12 +163,29 @@ def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reade
     return FixStatus(fix, FixState.UNKNOWN, reason)
 
 
-def _contradiction(catalog: Catalog, fix: Fix, read: Reader) -> str:
-    """A file that a pinned release needs the fix in, and that is that release's own; no later one has it."""
+def _contradiction(catalog: Catalog, fix: Fix, version: Version, state: CellState, read: Reader) -> str:
+    """What in the files says that they are none of a release in which the fix is not wanted."""
+    if state is CellState.NOT_AFFECTED:
+        there = (path for path in fix.code if read(path) is not None)
+        return next((f"{path}, without which it cannot be, is there" for path in there), "")
+    lines = fix.upstream_lines(version)
     for release in catalog.releases.values():
         series = patches.load(catalog, release)
-        for path in (path for patch in series.patches if patch.fix == fix.name for path in patch.files):
+        patch = series.patch(fix.name)
+        for path in patch.files if patch else ():
             content = read(path)
-            if content is not None and git.blob_id(content) == series.published_id(path):
+            if content is None or not patch:
+                continue
+            if git.blob_id(content) == series.published_id(path):
                 return f"{path} is that of SGLang {release.version}"
+            if path not in lines and survey.lacks(content, patch, path):
+                return f"{path} has the lines of SGLang {release.version}, which lacks it"
+    if not any(lines.values()):
+        return "nobody has looked at how upstream did it there"
+    for path, wanted in lines.items():
+        content = read(path)
+        if wanted and content is None:
+            return f"{path} is missing"
+        if lacking := next((line for line in wanted if not survey.has(content or b"", line)), None):
+            return f"{path} lacks upstream's `{lacking}`"
     return ""

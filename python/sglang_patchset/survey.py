@@ -114,6 +114,18 @@ def rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, bytes
     return contents
 
 
+def lacks(content: bytes, patch: Patch, path: str) -> bool:
+    """Whether a file has every hunk's lines as they are before the patch, and none as they are after it."""
+    return all(
+        before and not after for before, after in (_sides(content, each) for each in patch.hunks(path))
+    )
+
+
+def has(content: bytes, line: str) -> bool:
+    """Whether a line is in a file, whatever its indentation."""
+    return bool(re.search(rb"(?m)^[ \t]*" + re.escape(line.encode()) + rb"[ \t]*\r?$", content))
+
+
 def _check_way_back(found: Survey, contents: Mapping[str, bytes], wanted: Mapping[str, Set[str]]) -> None:
     """See that files with somebody else's changes have what is wanted, and lead back to the same bytes."""
     series = found.series
@@ -265,8 +277,14 @@ def _merged(content: bytes, hunk: Hunk, base: bytes, is_in: bool) -> bytes | Non
 
 def _places(content: bytes, lines: bytes) -> list[int]:
     """Where whole lines stand in a file, those that overlap included."""
-    ends = b"" if lines.endswith(b"\n") else rb"\Z"
-    return [match.start() for match in re.finditer(rb"(?m)^(?=" + re.escape(lines) + ends + rb")", content)]
+    found, at = [], content.find(lines)
+    while at >= 0:
+        end = at + len(lines)
+        begins = at == 0 or content[at - 1 : at] == b"\n"
+        if begins and (lines.endswith(b"\n") or end == len(content)):
+            found.append(at)
+        at = content.find(lines, at + 1)
+    return found
 
 
 def _exchanged(content: bytes, old: bytes, new: bytes) -> bytes:
