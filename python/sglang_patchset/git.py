@@ -169,7 +169,9 @@ def reading(repository: Path) -> Iterator[Path]:
 def _objects(repository: Path) -> Path:
     """Where a repository keeps its objects, told without git; the `.git` of a worktree is a file."""
     place = repository / ".git"
-    if not place.is_dir():
+    if not place.exists() and (repository / "HEAD").exists():
+        place = repository  # a bare one
+    elif not place.is_dir():
         place = _named_in(place, repository, "gitdir: ")
     if (place / "commondir").exists():
         place = _named_in(place / "commondir", place, "")

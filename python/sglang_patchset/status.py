@@ -188,4 +188,6 @@ def _contradiction(catalog: Catalog, fix: Fix, version: Version, state: CellStat
             return f"{path} is missing"
         if lacking := next((line for line in wanted if not survey.has(content or b"", line)), None):
             return f"{path} lacks upstream's `{lacking}`"
+        if wanted and (name := survey.repeated(content or b"")):
+            return f"{path} binds {name} again"
     return ""
