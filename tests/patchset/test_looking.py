@@ -290,7 +290,7 @@ def test_zeros_are_read_at_once(tree: Path, command: Command) -> None:
     (tree / HASH_TOPK).write_bytes(bytes(400 << 20))
     assert "has more than 16 MB" in command("status", tree).refusal()
     os.truncate(tree / HASH_TOPK, files.SOURCE)
-    assert "has other changes in the place of the hunk" in command("apply", tree).refusal()
+    assert "is no Python that this one reads" in command("apply", tree).refusal()
 
 
 def test_a_file_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
