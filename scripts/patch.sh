@@ -13,7 +13,7 @@ command -v "$python" >/dev/null || {
     echo "patch.sh: $python: no such Python: PYTHON=/path/to/python3.12 $0" >&2
     exit 2
 }
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+"$python" -I -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "patch.sh: $python is older than Python 3.10: PYTHON=/path/to/python3.12 $0" >&2
     exit 2
 }
@@ -35,10 +35,10 @@ done
 
 # The environment is made again when the interpreter or the dependencies change. Nothing is built for it: the
 # tool runs from this clone.
-wanted=$("$python" -c 'import sys; print(sys.version, sys.prefix)' && cat "$root/scripts/requirements.txt")
+wanted=$("$python" -I -c 'import sys; print(sys.version, sys.prefix)' && cat "$root/scripts/requirements.txt")
 if [[ "$(cat "$tool/made-for" 2>/dev/null)" != "$wanted" ]]; then
-    "$python" -m venv --clear "$tool"
-    install=("$tool/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all:
+    "$python" -I -m venv --clear "$tool"
+    install=("$tool/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all:
         --require-hashes --requirement "$root/scripts/requirements.txt")
     # DIR may hold nothing but SGLang: then the tool's own dependencies come from the index.
     if ((${#links[@]} == 0)) || ! "${install[@]}" "${links[@]}" 2>/dev/null; then
@@ -47,4 +47,6 @@ if [[ "$(cat "$tool/made-for" 2>/dev/null)" != "$wanted" ]]; then
     printf '%s\n' "$wanted" >"$tool/made-for"
 fi
 
-PYTHONPATH=$root/python exec "$tool/bin/python" -m sglang_patchset wheel "$@"
+# Isolated: nothing that lies in the working directory is run, nor what PYTHONPATH names.
+exec "$tool/bin/python" -I -c 'import sys; sys.path.insert(0, sys.argv.pop(1))
+from sglang_patchset.__main__ import main; sys.exit(main())' "$root/python" wheel "$@"

@@ -94,6 +94,8 @@ class Fix:
     is vulnerable where `states` says nothing. `code` names the files without which a release cannot have the
     bug. `when` says which servers it reaches, `log` has regular expressions of what those or their clients
     say. `needs` names the fixes without which this one must not be: `Catalog.needed` says where that counts.
+    `upstream_code` is keyed by version specifiers too, of releases that have upstream's fix: lines of it
+    without their indentation, by their file.
     """
 
     name: str
@@ -108,6 +110,12 @@ class Fix:
     log: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     patched: frozenset[Version] = frozenset()
+    upstream_code: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+
+    def upstream_lines(self, version: Version) -> Mapping[str, tuple[str, ...]]:
+        """Lines of upstream's own fix in that release, by their file; none of a file that it leaves alone."""
+        matching = (files for each, files in self.upstream_code.items() if version in _specifier(each))
+        return {path: lines for files in matching for path, lines in files.items()}
 
     def cell(self, version: Version) -> Cell | None:
         """The fix in that release; None for a release that nobody has looked at.
@@ -369,7 +377,18 @@ def _fix(file: Path, patched: frozenset[Version]) -> Fix:
         log=tuple(map(pattern, entry.texts("log"))),
         needs=entry.texts("needs"),
         patched=patched,
+        upstream_code={
+            versions: _lines(files) for versions, files in entry.by_versions("upstream-code").items()
+        },
     )
+
+
+def _lines(files: Table) -> dict[str, tuple[str, ...]]:
+    lines = {path: files.texts(path) for path in files}
+    must(all(map(is_package_file, lines)), "upstream-code names a file outside of sglang/")
+    every = (line for each in lines.values() for line in each)
+    must(all(line.strip() == line != "" for line in every), "upstream-code has what is no line")
+    return lines
 
 
 def _exposure(entry: Table) -> Exposure:

@@ -7,9 +7,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -20,7 +22,7 @@ from packaging.version import Version
 from sglang_patchset import __version__, matrix, releases, repair, status, tables, targets, wheels
 from sglang_patchset import catalog as catalogue
 from sglang_patchset.catalog import Catalog, Fix
-from sglang_patchset.errors import PatchsetError, tell
+from sglang_patchset.errors import PatchsetError, fault, tell
 from sglang_patchset.status import OPEN, FixState, Report
 from sglang_patchset.targets import Package, Target, Wheel
 
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Written at the end: a failure of the output is none of the verb.
     output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(output):
+        with _interruptible(), contextlib.redirect_stdout(output):
             found = catalogue.load()
             options = _parser(found).parse_args(arguments)
             code: int = options.run(found, options)
@@ -73,7 +75,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit:  # --help and --version
         code = 0
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"sglang-patchset: {fault(error)}", file=sys.stderr)
+        return 2
     return code if _write(output.getvalue()) else code or 1
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is an exception here, so that what is under way is put in order; outside, it may end at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _write(text: str) -> bool:

@@ -28,3 +28,11 @@ def tell(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(f"sglang-patchset: {_line(message)}", file=sys.stderr, flush=True)
+
+
+def fault(error: Exception) -> PatchsetError:
+    """What is said of an exception that nobody has foreseen; `python -X dev` shows where it comes from."""
+    return PatchsetError(
+        f"{type(error).__name__} ({error}): a fault of sglang-patchset, not of what it was run on: report it "
+        "with what `python -X dev -m sglang_patchset` says"
+    )

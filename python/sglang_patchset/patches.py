@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from sglang_patchset import scopes
 from sglang_patchset.catalog import Catalog, Release, is_package_file
 from sglang_patchset.errors import PatchsetError
 
@@ -20,25 +21,33 @@ _SECTION = re.compile(
     rb"--- a/python/(?P=path)\n\+\+\+ b/python/(?P=path)\n@@ -"
 )
 _HUNK = re.compile(
-    rb"^@@ -(?P<line>[0-9]+)(?:,[0-9]+)? \+[0-9]+(?:,[0-9]+)? @@(?: (?P<scope>(?:class|def|async def) \w+))?",
-    re.MULTILINE,
+    rb"^@@ -(?P<line>[0-9]+)(?:,[0-9]+)? \+[0-9]+(?:,[0-9]+)? @@(?: (?P<heading>.*))?", re.MULTILINE
 )
+# `refresh` heads a hunk with the names around it, git itself with a line that begins a definition before it.
+_NAMES = re.compile(rb"[A-Za-z_]\w*(\.\w+)*")
+_DEFINITION = re.compile(rb"(?:class|def|async def) (?P<name>\w+)")
 
 
 @dataclass(frozen=True)
 class Hunk:
     """One place that a patch changes: its first line's number before, and its lines before and after.
 
-    `scope` begins the class or function that it is in; empty where its own lines do, or there is none.
-    `above` and `below` count the lines around what changes.
+    `scope` names the classes and functions that it is in, the outermost first; git's own heading knows the
+    first alone, and not where the hunk's own lines begin one. `above` and `below` count the lines around
+    what changes.
     """
 
     line: int
     before: bytes
     after: bytes
-    scope: bytes = b""
+    scope: tuple[str, ...] = ()
     above: int = 0
     below: int = 0
+
+    @property
+    def anchor(self) -> int:
+        """The line above what changes: how many lines after the hunk's first one it is."""
+        return self.above - 1
 
     def near(self, above: int, below: int) -> Hunk:
         """The same hunk with at most so many lines above and below what changes."""
@@ -67,7 +76,8 @@ class Patch:
     def digest(self) -> str:
         """A name for what the patch changes, whatever it is called and says of itself, in hexadecimal."""
         _, _, change = self.path.read_bytes().partition(b"\ndiff --git ")
-        return hashlib.sha256(change).hexdigest()
+        unheaded = re.sub(rb"^(@@ -[0-9, +]+ @@).*$", rb"\1", change, flags=re.MULTILINE)
+        return hashlib.sha256(unheaded).hexdigest()
 
     def hunks(self, path: str) -> list[Hunk]:
         """The hunks of one file."""
@@ -146,9 +156,41 @@ def _hunk(body: bytes) -> Hunk:
         for each in (lines, [line for line in reversed(lines) if line != b"\n"])
     )
     own = any(re.match(rb" [A-Za-z_$]", line) for line in above)
-    scope = b"" if own else match["scope"] or b""
+    heading = match["heading"] or b""
+    if _NAMES.fullmatch(heading):
+        scope = tuple(heading.decode("ascii").split("."))
+    else:
+        definition = None if own else _DEFINITION.match(heading)
+        scope = (definition["name"].decode("ascii"),) if definition else ()
     before, after = (b"".join(sides[sign]) for sign in (b"-", b"+"))
     return Hunk(int(match["line"]), before, after, scope, len(above), len(below))
+
+
+def headed(data: bytes, read: Callable[[str], bytes]) -> bytes:
+    """A patch file whose every hunk is headed by the names of the classes and functions around it.
+
+    Args:
+        read: the bytes of a file, by its path in the wheel, as the patch's line numbers count them.
+    """
+    sections = re.split(rb"^(?=diff --git )", data, flags=re.MULTILINE)
+    return sections[0] + b"".join(_headed(section, read) for section in sections[1:])
+
+
+def _headed(section: bytes, read: Callable[[str], bytes]) -> bytes:
+    match = _SECTION.match(section.removeprefix(b"diff --git "))
+    if not match:
+        return section
+    content = read(match["path"].decode())
+    header, *bodies = re.split(rb"^(?=@@ -)", section, flags=re.MULTILINE)
+    for body in bodies:
+        first, newline, rest = body.partition(b"\n")
+        found = _HUNK.match(first)
+        assert found, "git writes no other header"
+        hunk = _hunk(body)
+        names = b".".join(each.encode() for each in scopes.enclosing(content, hunk.line + hunk.anchor))
+        marks = first.removesuffix(b" " + found["heading"]) if found["heading"] else first
+        header += marks.rstrip() + (b" " + names if names else b"") + newline + rest
+    return header
 
 
 def read_patch(path: Path) -> Patch:

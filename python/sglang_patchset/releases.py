@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 import re
 import stat
 import subprocess
@@ -19,7 +20,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 from packaging.tags import Tag
 from packaging.version import Version
 
-from sglang_patchset import record
+from sglang_patchset import files, record
 from sglang_patchset.catalog import Catalog, Release
 from sglang_patchset.errors import PatchsetError
 
@@ -106,7 +107,7 @@ def listed(catalog: Catalog, wheel: Path) -> str:
 
 def sha256(file: Path) -> str:
     """A file's sha256, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(files.read(file, files.WHEEL)).hexdigest()
 
 
 @contextmanager
@@ -167,6 +168,7 @@ def _check_sha256(wheel: Path, release: Release) -> None:
 
 def _download(release: Release, scratch: Path, find_links: Path | None, tag: Tag | None) -> Path:
     requirement = f"sglang=={release.version}"
+    scratch = scratch.absolute()
     requirements = scratch / "requirements.txt"
     # With the hashes in its hands, pip refuses anything but the published wheels before it opens them.
     hashes = [f"--hash=sha256:{digest}" for digest in release.wheels.values()]
@@ -190,12 +192,15 @@ def pip(verb: str, *options: str, find_links: Path | None) -> subprocess.Complet
         find_links: a directory of wheels to use in place of the package index.
     """
     # Only its verbose output says what a package index answered; it must not wait for a password.
-    command = [sys.executable, "-m", "pip", *verb.split(), "-vv", "--no-input", "--only-binary=:all:"]
+    # Nothing that lies in the working directory, or that PYTHONPATH names from there, is taken for pip.
+    safe = ["-P"] * (sys.version_info >= (3, 11))
+    command = [sys.executable, *safe, "-m", "pip", *verb.split(), "-vv", "--no-input", "--only-binary=:all:"]
     command += ["--no-deps"] * (verb == "download")
     if find_links:
-        command += ["--no-index", f"--find-links={find_links}"]
+        command += ["--no-index", f"--find-links={find_links.absolute()}"]
     return subprocess.run(
         [*command, *options],
+        cwd=os.sep,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

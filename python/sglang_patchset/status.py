@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -69,6 +70,12 @@ _FROM_TABLE = {
     State.UPSTREAM: FixState.FIXED_UPSTREAM,
     State.NOT_AFFECTED: FixState.NOT_AFFECTED,
 }
+# Those that reassure, in part or all, which no version alone may do.
+_NOT_WANTED = {
+    State.IN_PART: "has part of it",
+    State.UPSTREAM: "has it",
+    State.NOT_AFFECTED: "does not need it",
+}
 
 
 def examine(catalog: Catalog, target: Target) -> Report:
@@ -94,7 +101,9 @@ def examine(catalog: Catalog, target: Target) -> Report:
 
 def _examine(catalog: Catalog, target: Target) -> Report:
     fixes = catalog.fixes.values()
-    with target.reader() as read:
+    with target.reader() as unread:
+        # Several fixes look at the same file.
+        read = functools.cache(unread)
         found = _survey(catalog, target, read)
         if found is None:
             return _report(
@@ -138,8 +147,8 @@ def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None
     if cell is None:
         return _unknown(fix, f"nothing is known of it in {release}")
     if not cell.patch:
-        if cell.state in _FIXED and (reason := _contradiction(catalog, fix, read)):
-            return _unknown(fix, f"SGLang {release} has it, but {reason}")
+        if cell.state in _NOT_WANTED and (reason := _contradiction(catalog, fix, release, cell.state, read)):
+            return _unknown(fix, f"SGLang {release} {_NOT_WANTED[cell.state]}, but {reason}")
         return FixStatus(fix.name, _FROM_TABLE[cell.state], _remark(cell), fix)
     patch = found.series.patch(fix.name)
     if patch is None:
@@ -160,10 +169,6 @@ def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None
     return FixStatus(fix.name, state, "; ".join(filter(None, notes)), fix, patch=True)
 
 
-# What says that upstream's code is there.
-_FIXED = (State.UPSTREAM, State.IN_PART)
-
-
 def _remark(cell: Cell, is_in: bool = False) -> str:
     """The note, and what is open: before the patch, what upstream left; with it, what that leaves."""
     left = cell.left if (cell.patch and is_in == (cell.state is State.VULNERABLE)) or not cell.patch else ""
@@ -176,7 +181,7 @@ def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reade
     if why := catalog.damaged.get(str(version)):
         return _unknown(fix, why)
     if cell := fix.cell(version):
-        if cell.state is not State.VULNERABLE and (reason := _contradiction(catalog, fix, read)):
+        if cell.state in _NOT_WANTED and (reason := _contradiction(catalog, fix, version, cell.state, read)):
             return _unknown(fix, f"the version says {version}, but {reason}")
         return FixStatus(fix.name, _FROM_TABLE[cell.state], _remark(cell), fix)
     if version.is_prerelease or version.local:
@@ -188,12 +193,31 @@ def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reade
     return _unknown(fix, reason)
 
 
-def _contradiction(catalog: Catalog, fix: Fix, read: Reader) -> str:
-    """A file that a pinned release needs the fix in, and that is that release's own; no later one has it."""
+def _contradiction(catalog: Catalog, fix: Fix, version: Version, state: State, read: Reader) -> str:
+    """What in the files says that they are none of a release in which the fix is not wanted."""
+    if state is State.NOT_AFFECTED:
+        there = (path for path in fix.code if read(path) is not None)
+        return next((f"{path}, without which it cannot be, is there" for path in there), "")
+    lines = fix.upstream_lines(version)
     for release in catalog.releases.values():
         series = patches.load(catalog, release)
-        for path in (path for patch in series.patches if patch.fix == fix.name for path in patch.files):
+        patch = series.patch(fix.name)
+        for path in patch.files if patch else ():
             content = read(path)
-            if content is not None and git.blob_id(content) == series.published_id(path):
+            if content is None or not patch:
+                continue
+            if git.blob_id(content) == series.published_id(path):
                 return f"{path} is that of SGLang {release.version}"
+            if path not in lines and survey.lacks(content, patch, path):
+                return f"{path} has the lines of SGLang {release.version}, which lacks it"
+    if not any(lines.values()):
+        return "nobody has looked at how upstream did it there"
+    for path, wanted in lines.items():
+        content = read(path)
+        if wanted and content is None:
+            return f"{path} is missing"
+        if lacking := next((line for line in wanted if not survey.has(content or b"", line)), None):
+            return f"{path} lacks upstream's `{lacking}`"
+        if wanted and (name := survey.repeated(content or b"")):
+            return f"{path} binds {name} again"
     return ""

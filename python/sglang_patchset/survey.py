@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from sglang_patchset import git
+from sglang_patchset import git, scopes
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.patches import Hunk, Patch, Series
 from sglang_patchset.targets import Blobs, Reader
-
-_SCOPE = re.compile(rb"^(?:class|def|async def) \w+", re.MULTILINE)
 
 
 class Presence(Enum):
@@ -114,6 +113,24 @@ def rewrite(found: Survey, wanted: Mapping[str, Set[str]]) -> Mapping[str, bytes
     return contents
 
 
+def lacks(content: bytes, patch: Patch, path: str) -> bool:
+    """Whether a file has every hunk's lines as they are before the patch, and none as they are after it."""
+    return all(
+        before and not after for before, after in (_sides(content, each) for each in patch.hunks(path))
+    )
+
+
+def has(content: bytes, line: str) -> bool:
+    """Whether a line is in a file, whatever its indentation."""
+    return bool(re.search(rb"(?m)^[ \t]*" + re.escape(line.encode()) + rb"[ \t]*\r?$", content))
+
+
+def repeated(content: bytes) -> str:
+    """A name that a file defines twice at its top, so that the first one is not what runs; empty for none."""
+    names = Counter(re.findall(rb"(?m)^(?:class|def|async def) (\w+)", content))
+    return next((name.decode() for name, count in names.items() if count > 1), "")
+
+
 def _check_way_back(found: Survey, contents: Mapping[str, bytes], wanted: Mapping[str, Set[str]]) -> None:
     """See that files with somebody else's changes have what is wanted, and lead back to the same bytes."""
     series = found.series
@@ -177,6 +194,12 @@ def _among_others(series: Series, path: str, content: bytes, base: bytes | None 
     With `base`, the file as the release has it, git's three-way merge may bear a place out.
     """
     applied, conflicts, near, found = set(), {}, set(), content
+    try:
+        scopes.parsed(content)
+    except ValueError as error:
+        reason = f"is no Python that this one reads ({error})"
+        conflicts = {patch.fix: reason for patch in series.files[path]}
+        return FileState(content, foreign=True, conflicts=conflicts, base=base)
     for patch in reversed(series.files[path]):
         hunks = patch.hunks(path)
         sides = [_sides(found, hunk) for hunk in hunks]
@@ -185,7 +208,9 @@ def _among_others(series: Series, path: str, content: bytes, base: bytes | None 
                 sides[number] = close
                 hunks[number] = hunk.near(1, 1)
                 near.add(patch.fix)
-        if set(sides) == {(0, 1)}:
+        if len(set(sides)) == 1 and (again := _replaced(found, hunks)):
+            conflicts[patch.fix] = f"{again} of {patch.path.name}"
+        elif set(sides) == {(0, 1)}:
             applied.add(patch.fix)
             for hunk in hunks if patch.needs else ():
                 found = _exchanged(found, hunk.after, hunk.before)
@@ -218,10 +243,22 @@ def _sides(content: bytes, hunk: Hunk) -> tuple[int, int]:
     """How often a hunk's lines before and after stand in a file; a single place elsewhere counts for none."""
     before, after = (_places(content, lines) for lines in (hunk.before, hunk.after))
     if hunk.scope and len(before + after) == 1:
-        scopes = _SCOPE.findall(content, 0, *before, *after)
-        if scopes[-1:] != [hunk.scope]:
+        line = scopes.line_of(content, *before, *after)
+        if scopes.enclosing(content, line + hunk.anchor)[: len(hunk.scope)] != hunk.scope:
             return 0, 0
     return len(before), len(after)
+
+
+def _replaced(content: bytes, hunks: Sequence[Hunk]) -> str:
+    """What takes the place of a definition that a hunk with one place is in; empty where nothing does."""
+    for hunk in hunks:
+        places = [(at, lines) for lines in (hunk.before, hunk.after) for at in _places(content, lines)]
+        if len(places) == 1:
+            ((at, lines),) = places
+            first, last = scopes.line_of(content, at), scopes.line_of(content, at + len(lines) - 1)
+            if again := scopes.replaced(content, first, last):
+                return f"{again}, after the hunk at line {hunk.line}"
+    return ""
 
 
 def _sides_near(content: bytes, hunk: Hunk, base: bytes | None) -> tuple[int, int]:
@@ -265,8 +302,14 @@ def _merged(content: bytes, hunk: Hunk, base: bytes, is_in: bool) -> bytes | Non
 
 def _places(content: bytes, lines: bytes) -> list[int]:
     """Where whole lines stand in a file, those that overlap included."""
-    ends = b"" if lines.endswith(b"\n") else rb"\Z"
-    return [match.start() for match in re.finditer(rb"(?m)^(?=" + re.escape(lines) + ends + rb")", content)]
+    found, at = [], content.find(lines)
+    while at >= 0:
+        end = at + len(lines)
+        begins = at == 0 or content[at - 1 : at] == b"\n"
+        if begins and (lines.endswith(b"\n") or end == len(content)):
+            found.append(at)
+        at = content.find(lines, at + 1)
+    return found
 
 
 def _exchanged(content: bytes, old: bytes, new: bytes) -> bytes:

@@ -9,16 +9,16 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
-from sglang_patchset import git, record
+from sglang_patchset import files, git, record
 from sglang_patchset.errors import PatchsetError
 from sglang_patchset.releases import opened
 
@@ -28,6 +28,7 @@ Reader = Callable[[str], "bytes | None"]
 Blobs = Callable[[str], "bytes | None"]
 
 INSTALLED = "installed"
+_INFO = re.compile(r"sglang(-[^-]+(-py[0-9.]+)?)?[.](dist|egg)-info", re.IGNORECASE)
 _VERSION = re.compile(r"^(?:__version__ = )?version = ['\"](?P<version>[^'\"]+)['\"]", re.MULTILINE)
 
 
@@ -48,7 +49,7 @@ class Package:
     def read(self, path: str) -> bytes | None:
         """A file's bytes, given its path in the wheel; None where there is none."""
         try:
-            return self.path(path).read_bytes()
+            return files.read(self.path(path))
         except FileNotFoundError:
             return None
 
@@ -67,7 +68,7 @@ class Package:
         found = []
         for path in sorted(self.directory.parent.glob("sglang-*.dist-info/RECORD")):
             try:
-                if record.lists(path.read_bytes(), "sglang/__init__.py"):
+                if record.lists(files.read(path), "sglang/__init__.py"):
                     found.append(path)
             except ValueError as error:
                 raise PatchsetError(f"{path}: damaged ({error}): reinstall SGLang") from None
@@ -120,7 +121,10 @@ def find(name: str) -> Target:
     """
     if name == INSTALLED:
         return _installed()
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise PatchsetError(f"{name}: no such user: name the directory in full") from None
     if path.suffix == ".whl" and path.is_file():
         return _wheel(path)
     if not path.is_dir():
@@ -155,6 +159,7 @@ def _wheel(path: Path) -> Wheel:
         raise PatchsetError(
             f"{path}: not a wheel's file name: give it back the name it was published by"
         ) from None
+    files.check(path, files.WHEEL)
     if name != "sglang":
         raise PatchsetError(f"{path}: a wheel of {name}: name one of sglang")
     return Wheel(path, version)
@@ -174,36 +179,63 @@ def _packages(directory: Path) -> Iterator[Package]:
         distributions = _distributions(site)
         if not distributions:
             continue
-        for root in (site, *map(_editable_root, distributions)):
+        for root in (site, *(each.editable for each in distributions)):
             if root and _is_package(root / "sglang"):
                 yield _package((root / "sglang").resolve(), distributions)
                 break
 
 
-def _distributions(site: Path | None) -> list[metadata.Distribution]:
+@dataclass(frozen=True)
+class _Distribution:
+    """What an installer wrote about SGLang: its version, and where an editable install's packages lie."""
+
+    version: Version | None
+    editable: Path | None
+
+
+def _distributions(site: Path | None) -> list[_Distribution]:
     """What says that it is SGLang in a directory of packages; None stands for this interpreter's path."""
-    return list(metadata.distributions(name="sglang", path=sys.path if site is None else [str(site)]))
+    found = []
+    for directory in sys.path if site is None else [str(site)]:
+        with suppress(OSError):
+            found += sorted(path for path in Path(directory).iterdir() if _INFO.fullmatch(path.name))
+    return [_distribution(path) for path in found]
 
 
-def _editable_root(distribution: metadata.Distribution) -> Path | None:
+def _distribution(info: Path) -> _Distribution:
+    # An egg's may be a file.
+    places = (info / "METADATA", info / "PKG-INFO", *([info] if info.is_file() else []))
+    text = next(filter(None, map(_text, places)), "")
+    header, _, _ = text.replace("\r\n", "\n").partition("\n\n")
+    version = re.search(r"^Version:[ \t]*(\S+)", header, re.MULTILINE | re.IGNORECASE)
+    return _Distribution(_parse(version[1] if version else None), _editable_root(info))
+
+
+def _editable_root(info: Path) -> Path | None:
     """Where an editable install's packages lie (PEP 610)."""
     try:
-        url = urlsplit(json.loads(distribution.read_text("direct_url.json") or "")["url"])
+        url = urlsplit(json.loads(_text(info / "direct_url.json"))["url"])
+        return Path(unquote(url.path)) if url.scheme == "file" else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return Path(unquote(url.path)) if url.scheme == "file" else None
+
+
+def _text(path: Path) -> str:
+    """A file's text, whatever it is written in; empty where there is none."""
+    try:
+        return files.read(path).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _is_package(directory: Path) -> bool:
     return (directory / "__init__.py").is_file() and (directory / "srt").is_dir()
 
 
-def _package(directory: Path, distributions: Sequence[metadata.Distribution]) -> Package:
-    version_file = directory / "_version.py"
-    text = version_file.read_text(encoding="utf-8", errors="replace") if version_file.is_file() else ""
-    if match := _VERSION.search(text):
+def _package(directory: Path, distributions: Sequence[_Distribution]) -> Package:
+    if match := _VERSION.search(_text(directory / "_version.py")):
         return Package(directory, _parse(match["version"]))
-    claims = {_parse(distribution.version) for distribution in distributions}
+    claims = {distribution.version for distribution in distributions}
     # Where they differ, none is to be believed.
     return Package(directory, claims.pop() if len(claims) == 1 else None)
 

@@ -86,9 +86,15 @@ def unpacked(
         info = f"sglang-{version}.dist-info"
         others = [f"sglang/{name}.py" for name in ("__init__", "_version", "utils")]
         others += [f"{info}/RECORD", f"{info}/METADATA"]
+        looked_at = {
+            path
+            for fix in tables.fixes.values()
+            for path in (*fix.code, *fix.upstream_lines(release.version))
+        }
         tree = tmp_path_factory.mktemp(version)
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(tree, [*patches.load(tables, release).files, *others])
+            files = {*patches.load(tables, release).files, *others}
+            archive.extractall(tree, files | looked_at & set(archive.namelist()))
         found[version] = tree
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
@@ -265,6 +266,7 @@ def _write(
         for needed in (mail for each, mail in before.items() if each in needs[fix]):
             git.run("apply", "--cached", "--whitespace=nowarn", str(needed), cwd=bare, env=alone)
         mail = (scratch / str(number)).rename(scratch / f"{fix}.patch")
+        mail.write_bytes(patches.headed(mail.read_bytes(), functools.partial(_before, bare, commit)))
         if not git.succeeds("apply", "--cached", "--check", str(mail), cwd=bare, env=alone):
             raise PatchsetError(
                 f"{_named(bare, commit)}: does not apply to the release without the commits before it: "
@@ -287,6 +289,14 @@ def _write(
             )
         before[fix] = mail
         yield Mail(fix, commit, mail)
+
+
+def _before(bare: Path, commit: str, path: str) -> bytes:
+    """A file, by its path in the wheel, as it is before a commit."""
+    name = git.run("rev-parse", f"{commit}^:python/{path}", cwd=bare).strip()
+    content = git.blob(bare, name)
+    assert content is not None, "the commit changes it"
+    return content
 
 
 def _trailer(bare: Path, commit: str, name: str) -> list[str]:
