@@ -157,7 +157,7 @@ def trees() -> Iterator[Target]:
         info.mkdir()
         lines = {f"sglang/{name}": (None, data) for name, data in files.items()}
         (info / "RECORD").write_bytes(record.update(b"sglang-0.5.12.dist-info/RECORD,,\n", lines))
-        for file in (root / "0.5.12").glob("*.patch"):
+        for file in (root / "0.5.12" / "series", *(root / "0.5.12").glob("*.patch")):
             file.unlink()
         names, files = [], dict(files)
         for fix, texts in _EDITS.items():

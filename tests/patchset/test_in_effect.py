@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from sglang_patchset.series import contents
 
 from sglang_patchset import patches, scopes, survey
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.git import apply
 from sglang_patchset.patches import Series
+from sglang_patchset.repair import contents
 from sglang_patchset.survey import Presence
 
 from . import mutants

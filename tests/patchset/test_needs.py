@@ -19,9 +19,11 @@ from sglang_patchset.survey import Presence
 from .conftest import ROOT, Command, change, copy, digest, edit, from_copy, git
 from .test_stack import add_to_catalogue, message, rebase
 
-HASH, DSV4, SWA, MINE = "hash-topk-dummy-weights", "dsv4-expert-distribution", "swa-graph-padding", "mine"
+HASH, EPLB, DSV4 = "hash-topk-dummy-weights", "eplb-double-mapping", "dsv4-expert-distribution"
+MINE = "mine"
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
 RELEASE = Version("0.5.12")
+BEFORE = f'"Mend it": {MINE} needs {HASH}: put the commit of that before it'
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,9 @@ def test_where_it_counts(needing: Catalog) -> None:
 def test_every_subset(theirs: bytes, needing: Catalog, unpacked: Mapping[str, Path]) -> None:
     series = patches.load(needing, needing.releases[RELEASE])
     published = {path: theirs + (unpacked[str(RELEASE)] / path).read_bytes() for path in series.files}
-    names = (HASH, DSV4, MINE)
+    names = (HASH, EPLB, DSV4, MINE)
     for chosen in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1)):
-        if MINE in chosen and HASH not in chosen:
+        if any(not needing.needed(name, RELEASE) <= {*chosen} for name in chosen):
             continue
         base = survey.take(series, published.get)
         patched = {**published, **contents(base, add=set(chosen))}
@@ -136,18 +138,27 @@ def test_the_order_of_the_commits(made: tuple[Path, Path], tmp_path: Path) -> No
     git(repository, "tag", "whole")
     before = digest(project / "patches")
     # Behind it, others may come between.
-    rebase(repository, "sed -i '2{h;d};4{G}'")
+    rebase(repository, "sed -i '6{h;d};8{G}'")
     assert from_copy(project, "refresh", repository).code == 0
     assert digest(project / "patches") != before
     before = digest(project / "patches")
     git(repository, "reset", "--quiet", "--hard", "release/0.5.12")
     edit(repository / "python" / HASH_TOPK, "# mine")
     git(repository, "commit", "--quiet", "--all", "--message", message(MINE))
-    words = f'"Mend it": {MINE} needs {HASH}: put the commit of that before it'
-    assert words in from_copy(project, "refresh", repository).refusal()
     first = git(repository, "rev-list", "--reverse", "release/0.5.12..whole").split()[0]
     git(repository, "cherry-pick", first)
-    assert words in from_copy(project, "refresh", repository).refusal()
+    assert BEFORE in from_copy(project, "refresh", repository).refusal()
+    assert digest(project / "patches") == before
+
+
+def test_a_needed_commit_is_missing(made: tuple[Path, Path], tmp_path: Path) -> None:
+    project = Path(shutil.copytree(made[0], tmp_path / "project"))
+    repository = copy(made[1], tmp_path / "checkout")
+    before = digest(project / "patches")
+    git(repository, "reset", "--quiet", "--hard", "release/0.5.12")
+    edit(repository / "python" / HASH_TOPK, "# mine")
+    git(repository, "commit", "--quiet", "--all", "--message", message(MINE))
+    assert BEFORE in from_copy(project, "refresh", repository).refusal()
     assert digest(project / "patches") == before
 
 

@@ -18,10 +18,11 @@ import pytest
 from sglang_patchset import catalog
 from sglang_patchset.catalog import Catalog
 from sglang_patchset.errors import PatchsetError
-from sglang_patchset.proof import benchmarks, figures, report, results
+from sglang_patchset.proof import benchmarks, cuda, figures, report, results
 from sglang_patchset.proof.cuda import Machine
 
 from .conftest import ROOT, Command, digest, from_copy
+from .test_evidence import verdict
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from gpu_bench.process import Worker, WorkerError
@@ -177,6 +178,25 @@ def test_page_without_benchmarks(clone: Catalog) -> None:
     for fix in clone.fixes.values():
         assert fix.symptom in words
         assert all(cell.note in words for cell in map(fix.cell, clone.releases) if cell)
+        assert all(cell.left in words for cell in map(fix.cell, clone.releases) if cell)
+
+
+def test_page_of_a_run_that_was_cut(clone: Catalog) -> None:
+    """What it found is there; how long it took, nobody knows, nor of one that was gone on with."""
+    for path in (clone.clone() / "results").glob("gpu-*.json"):
+        path.unlink()
+    job, other = cuda.jobs(clone)[:2]
+    run = results.Run.start(clone, clone.clone() / "results", f"gpu-{BOX.name}", BOX.header())
+    run.add([(job, verdict(job)), (other, verdict(other))])
+    (row,) = results.seen(clone)
+    assert (row.fix, row.words, row.patched) == (job.fix.name, "the words", "green")
+    for _ in range(2):
+        page = Page(report.page(clone))
+        assert page.headings == ["Fixes and releases", "Seen on GPUs"]
+        words = " ".join(page.words)
+        assert "driver 580.1" in words
+        assert "the run took" not in words
+        run.finish(0)
 
 
 def test_page_of_patches_that_nobody_saw(clone: Catalog) -> None:

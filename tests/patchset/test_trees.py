@@ -13,7 +13,7 @@ from packaging.tags import Tag
 from packaging.version import Version
 
 from sglang_patchset import releases, status
-from sglang_patchset.catalog import Catalog
+from sglang_patchset.catalog import Catalog, State
 from sglang_patchset.proof.trees import Trees
 from sglang_patchset.status import FixState
 from sglang_patchset.targets import Package
@@ -36,11 +36,17 @@ def published(wheels: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("published")
 def test_trees(tables: Catalog, tmp_path: Path) -> None:
     trees = Trees(tables, tmp_path)
-    for make, state in ((trees.published, FixState.VULNERABLE), (trees.patched, FixState.PATCHED)):
+    cells = {name: fix.cell(VERSION) for name, fix in tables.fixes.items()}
+    published = {name: cell.state.words for name, cell in cells.items() if cell}
+    assert FixState.VULNERABLE.value in published.values()
+    patched = published | {
+        name: FixState.PATCHED.value for name, cell in cells.items() if cell and cell.patch
+    }
+    for make, states in ((trees.published, published), (trees.patched, patched)):
         tree = make(tables.releases[VERSION])
         package = Package(tree / "sglang", VERSION)
-        found = status.examine(tables, package).fixes.values()
-        assert {each.state for each in found} == {state, FixState.NOT_AFFECTED}
+        found = status.examine(tables, package).fixes
+        assert {name: each.state.value for name, each in found.items()} == states
         (tree / "sglang" / "__pycache__").mkdir()
         assert make(tables.releases[VERSION]) == tree
         assert (tree / "sglang" / "__pycache__").is_dir()
@@ -63,6 +69,18 @@ def test_part_of_a_series(tables: Catalog, tmp_path: Path) -> None:
     assert trees.partly(release, ["no-patch-for-this-release"]) == trees.published(release)
 
 
+@pytest.mark.usefixtures("published")
+def test_a_needed_fix_left_out(tables: Catalog, tmp_path: Path) -> None:
+    """What a test is red on has the fixes in front of its bug, one that needs the bug's own included."""
+    trees = Trees(tables, tmp_path)
+    release = tables.releases[VERSION]
+    needing, needed = "dsv4-expert-distribution", "eplb-double-mapping"
+    for without, expected in (("", {needed, needing}), (needed, {needing})):
+        tree = trees.partly(release, [needing], without=without)
+        found = status.examine(tables, Package(tree / "sglang", VERSION)).fixes
+        assert {name for name, each in found.items() if each.state is FixState.PATCHED} == expected
+
+
 def test_tree_for_another_python(tables: Catalog, tmp_path: Path) -> None:
     """The box that a tree is for need not have the Python that makes it."""
     other = "cp313" if sys.version_info < (3, 13) else "cp312"
@@ -77,9 +95,16 @@ def test_tree_for_another_python(tables: Catalog, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("published")
 def test_a_fix_without_a_patch_yet(tables: Catalog, tmp_path: Path) -> None:
     """Its test can be seen to be red before there is one."""
-    new = replace(tables.fix("swa-graph-padding"), name="new")
-    tree = Trees(replace(tables, fixes={**tables.fixes, "new": new}), tmp_path).patched(
-        tables.releases[VERSION]
+    new = replace(
+        tables.fix("swa-graph-padding"),
+        name="new",
+        states={"==0.5.12": State.VULNERABLE},
+        patched=frozenset[Version](),
     )
-    found = status.examine(tables, Package(tree / "sglang", VERSION)).fixes.values()
-    assert {each.state for each in found} == {FixState.PATCHED, FixState.NOT_AFFECTED}
+    with_new = replace(tables, fixes={**tables.fixes, "new": new})
+    tree = Trees(with_new, tmp_path).patched(tables.releases[VERSION])
+    found = status.examine(with_new, Package(tree / "sglang", VERSION)).fixes
+    assert {name: each.state for name, each in found.items()} == {
+        **dict.fromkeys(tables.releases[VERSION].fixes, FixState.PATCHED),
+        "new": FixState.VULNERABLE,
+    }

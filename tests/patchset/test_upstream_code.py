@@ -12,7 +12,7 @@ import pytest
 from packaging.version import Version
 
 from sglang_patchset import patches, status, survey
-from sglang_patchset.catalog import Catalog, CellState, Fix
+from sglang_patchset.catalog import Catalog, Cell, Fix, State
 from sglang_patchset.status import FixState
 from sglang_patchset.targets import Package
 
@@ -22,11 +22,15 @@ from .conftest import Command, link
 SHELF = os.environ.get("SGLANG_WHEELS")
 
 
-def cells(tables: Catalog, state: CellState) -> Iterator[tuple[Fix, Version]]:
+UPSTREAM = (State.UPSTREAM, State.IN_PART)
+
+
+def cells(tables: Catalog, *states: State, patch: bool = False) -> Iterator[tuple[Fix, Version, Cell]]:
+    """The cells that are in one of these states, those with a patch or those without."""
     for fix in tables.fixes.values():
         for version in tables.releases:
-            if (cell := fix.cell(version)) and cell.state is state:
-                yield fix, version
+            if (cell := fix.cell(version)) and cell.state in states and cell.patch is patch:
+                yield fix, version, cell
 
 
 def contents(wheel: Path, names: set[str]) -> dict[str, bytes]:
@@ -48,10 +52,10 @@ def test_every_pinned_release_that_has_a_fix(
     tables: Catalog, trees: Mapping[Version, Mapping[str, bytes]]
 ) -> None:
     """Its own files, each with a line more: no file is told by its bytes."""
-    for fix, version in cells(tables, CellState.UPSTREAM):
+    for fix, version, cell in cells(tables, *UPSTREAM):
         if version in trees:
             theirs = {path: content + b"# theirs\n" for path, content in trees[version].items()}
-            assert status._contradiction(tables, fix, version, CellState.UPSTREAM, theirs.get) == "", (
+            assert status._contradiction(tables, fix, version, cell.state, theirs.get) == "", (
                 fix.name,
                 version,
             )
@@ -61,7 +65,7 @@ def test_every_line_is_lacking_where_the_fix_is(
     tables: Catalog, trees: Mapping[Version, Mapping[str, bytes]]
 ) -> None:
     told = 0
-    for fix, version in cells(tables, CellState.PATCH):
+    for fix, version, _ in cells(tables, State.VULNERABLE, patch=True):
         for lines in fix.upstream_code.values():
             for path, wanted in lines.items():
                 content = trees.get(version, {}).get(path)
@@ -76,7 +80,7 @@ def test_an_old_file_in_a_later_release(
 ) -> None:
     """Each file of each patch, with a line more, in each release that has the fix: no such tree is fixed."""
     tried, wrong = 0, []
-    for fix, version in cells(tables, CellState.UPSTREAM):
+    for fix, version, cell in cells(tables, *UPSTREAM):
         for release in tables.releases.values():
             patch = patches.load(tables, release).patch(fix.name)
             for path in patch.files if patch else ():
@@ -86,24 +90,24 @@ def test_an_old_file_in_a_later_release(
                     continue
                 tree = {**trees[version], path: old + b"# theirs\n"}
                 tried += 1
-                if not status._contradiction(tables, fix, version, CellState.UPSTREAM, tree.get):
+                if not status._contradiction(tables, fix, version, cell.state, tree.get):
                     wrong.append((fix.name, str(version), str(release.version), path))
     assert tried > 80
     assert wrong == []
 
 
 def test_a_release_without_the_code(tables: Catalog, trees: Mapping[Version, Mapping[str, bytes]]) -> None:
-    for fix, version in cells(tables, CellState.NOT_AFFECTED):
+    for fix, version, _ in cells(tables, State.NOT_AFFECTED):
         if version in trees:
             tree = dict(trees[version])
-            assert status._contradiction(tables, fix, version, CellState.NOT_AFFECTED, tree.get) == ""
+            assert status._contradiction(tables, fix, version, State.NOT_AFFECTED, tree.get) == ""
             tree[fix.code[0]] = b""
-            reason = status._contradiction(tables, fix, version, CellState.NOT_AFFECTED, tree.get)
+            reason = status._contradiction(tables, fix, version, State.NOT_AFFECTED, tree.get)
             assert reason == f"{fix.code[0]}, without which it cannot be, is there"
 
 
 def test_every_release_that_has_a_fix_has_lines(tables: Catalog) -> None:
-    for fix, version in cells(tables, CellState.UPSTREAM):
+    for fix, version, _ in cells(tables, *UPSTREAM):
         assert any(fix.upstream_lines(version).values()), (fix.name, version)
 
 

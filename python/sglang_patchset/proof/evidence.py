@@ -85,7 +85,10 @@ def _imports(suite: Path, tree: ast.Module) -> Iterator[tuple[str, str]]:
 def _used(source: str, names: set[str]) -> str:
     """The parts of a module that these names consist of: definitions, and statements that run at import."""
     tree = ast.parse(source)
-    definitions = {name: node for node in tree.body for name in _defined(node)}
+    definitions: dict[str, list[ast.stmt]] = {}
+    for node in tree.body:
+        for name in _defined(node):
+            definitions.setdefault(name, []).append(node)
     if not names <= definitions.keys():
         return source
     used: set[str] = set()
@@ -95,10 +98,26 @@ def _used(source: str, names: set[str]) -> str:
         name = ahead.pop()
         if name in definitions and name not in used:
             used.add(name)
-            ahead += _names(definitions[name])
+            ahead += [each for node in definitions[name] for each in _names(node)]
     lines = source.splitlines()
     kept = [node for node in tree.body if not _defined(node) or not used.isdisjoint(_defined(node))]
-    return "\n".join("\n".join(lines[_first_line(node) - 1 : node.end_lineno]) for node in kept)
+    return "\n".join(_part(node, used, lines) for node in kept if not _is_text(node))
+
+
+def _part(node: ast.stmt, used: set[str], lines: list[str]) -> str:
+    """A statement's lines; of an import, the names that are used."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        module = getattr(node, "module", "")
+        return "\n".join(f"{module} {ast.unparse(each)}" for each in node.names if _bound(each) in used)
+    return "\n".join(lines[_first_line(node) - 1 : node.end_lineno])
+
+
+def _bound(alias: ast.alias) -> str:
+    return alias.asname or alias.name.partition(".")[0]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _first_line(node: ast.stmt) -> int:
@@ -109,7 +128,12 @@ def _first_line(node: ast.stmt) -> int:
 def _defined(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [_bound(each) for each in node.names]
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    else:
+        targets = [node.target] if isinstance(node, ast.AnnAssign | ast.AugAssign) else []
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 

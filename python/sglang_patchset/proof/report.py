@@ -158,9 +158,10 @@ def _seen(catalog: Catalog, seen: Sequence[Seen]) -> Iterator[str]:
     yield _table(["fix", "release", "as published", "patched", "seen on"], rows, cards=True)
     for run in results.runs(catalog):
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        took = f"; the run took {run['seconds']} s" if run.get("seconds") else ""
         yield (
             f"<p><small>{run['date'][:10]}, {run['gpus']} x {escape(run['gpu'])}, driver "
-            f"{escape(run['driver'])}, {escape(versions)}; the run took {run['seconds']} s.</small></p>"
+            f"{escape(run['driver'])}, {escape(versions)}{took}.</small></p>"
         )
 
 
