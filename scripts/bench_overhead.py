@@ -143,8 +143,8 @@ def measure(contents: dict[str, Any]) -> None:
                 ready.append((case, workers))
             except WorkerError as error:
                 failed(case, workers, error)
-        if workers := next((workers for case, workers in ready if case.release == BUFFERS_OF), None):
-            contents["buffers"] = [buffer(sizes, workers) for sizes in BUFFERS]
+        if measuring := [workers for case, workers in ready if case.release == BUFFERS_OF]:
+            contents["buffers"] = [buffer(sizes, measuring[0]) for sizes in BUFFERS]
         for case, workers in ready:
             found: dict[str, Any] = {
                 "name": case.name,

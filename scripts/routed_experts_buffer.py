@@ -6,6 +6,7 @@ buffer is the patched code's own, allocated on PyTorch's meta device.
 """
 
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -54,11 +55,13 @@ CONFIGURATIONS = (
 _zeros = torch.zeros
 
 
-def zeros_on_meta(*size, pin_memory=False, device=None, **kwargs):  # noqa: ARG001
+def zeros_on_meta(*size: Any, pin_memory: Any = False, device: Any = None, **kwargs: Any) -> Any:  # noqa: ARG001
+    """`torch.zeros` without memory."""
     return _zeros(*size, device="meta", **kwargs)
 
 
-def buffer_of(args, requests):
+def buffer_of(args: Any, requests: int) -> Any:
+    """The patched capturer's buffer under these arguments of the server."""
     model, backend = MODEL, MoeA2ABackend.NONE
     if args == "short":
         args = DP | UNCHUNKED | {"disable_radix_cache": True, "max_prefill_tokens": 4096}
@@ -86,7 +89,8 @@ def buffer_of(args, requests):
         ).device_cache
 
 
-def main():
+def main() -> None:
+    """Print the table."""
     print("| configuration | rows | GiB on each GPU |\n| --- | ---: | ---: |")
     for words, args, requests in CONFIGURATIONS:
         cache = buffer_of(args, requests)

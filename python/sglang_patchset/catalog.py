@@ -203,7 +203,7 @@ class Catalog:
             PatchsetError: there is none.
         """
         if name in self.damaged:
-            raise PatchsetError(self.damaged[name])
+            raise PatchsetError(f"{name}: out of the catalogue: {self.damaged[name]}")
         try:
             return self.releases[Version(name)]
         except (InvalidVersion, KeyError):
@@ -229,7 +229,7 @@ class Catalog:
             PatchsetError: there is none, or its table is damaged.
         """
         if name in self.damaged:
-            raise PatchsetError(self.damaged[name])
+            raise PatchsetError(f"{name}: out of the catalogue: {self.damaged[name]}")
         try:
             return self.fixes[name]
         except KeyError:

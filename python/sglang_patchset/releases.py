@@ -26,7 +26,7 @@ from sglang_patchset.errors import PatchsetError
 
 # What zipfile raises over a bad archive: an encrypted member and an unknown compression are a RuntimeError,
 # a malformed RECORD is a ValueError, a missing member a KeyError.
-_DAMAGES = (BadZipFile, zlib.error, csv.Error, EOFError, RuntimeError, ValueError, KeyError)
+_DAMAGES = (BadZipFile, zlib.error, csv.Error, EOFError, MemoryError, RuntimeError, ValueError, KeyError)
 
 # What a wheel may unpack to; SGLang's are below 50 MB.
 _LARGEST = 512 << 20

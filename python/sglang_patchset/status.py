@@ -170,8 +170,8 @@ def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None
 
 
 def _remark(cell: Cell, is_in: bool = False) -> str:
-    """The note, and what is open: before the patch, what upstream left; with it, what that leaves."""
-    left = cell.left if (cell.patch and is_in == (cell.state is State.VULNERABLE)) or not cell.patch else ""
+    """The note, and what is left open; what upstream left is none where the patch for it is in."""
+    left = "" if is_in and cell.state is State.IN_PART else cell.left
     return "; ".join(filter(None, (left and f"left open {left}", cell.note)))
 
 
@@ -218,6 +218,6 @@ def _contradiction(catalog: Catalog, fix: Fix, version: Version, state: State, r
             return f"{path} is missing"
         if lacking := next((line for line in wanted if not survey.has(content or b"", line)), None):
             return f"{path} lacks upstream's `{lacking}`"
-        if wanted and (name := survey.repeated(content or b"")):
+        if name := next(filter(None, (survey.repeated(content or b"", line) for line in wanted)), ""):
             return f"{path} binds {name} again"
     return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,10 +124,15 @@ def has(content: bytes, line: str) -> bool:
     return bool(re.search(rb"(?m)^[ \t]*" + re.escape(line.encode()) + rb"[ \t]*\r?$", content))
 
 
-def repeated(content: bytes) -> str:
-    """A name that a file defines twice at its top, so that the first one is not what runs; empty for none."""
-    names = Counter(re.findall(rb"(?m)^(?:class|def|async def) (\w+)", content))
-    return next((name.decode() for name, count in names.items() if count > 1), "")
+def repeated(content: bytes, line: str) -> str:
+    """What a line stands in, where a file defines that twice at its top; empty for none.
+
+    The first one is not what runs. Upstream's own files have such pairs elsewhere.
+    """
+    place = re.search(rb"(?m)^[ \t]*" + re.escape(line.encode()) + rb"[ \t]*\r?$", content)
+    top = re.compile(rb"^(?:class|def|async def) (\w+)", re.MULTILINE)
+    around = top.findall(content, 0, place.start())[-1:] if place else []
+    return next((name.decode() for name in around if top.findall(content).count(name) > 1), "")
 
 
 def _check_way_back(found: Survey, contents: Mapping[str, bytes], wanted: Mapping[str, Set[str]]) -> None:

@@ -219,7 +219,7 @@ MOUNTS = {
     "a directory": (
         'cp -a "$tree/sglang/srt/layers" "$tree.copy"\nmount -t tmpfs tmpfs "$tree/sglang/srt/layers"\n'
         'cp -a "$tree.copy/." "$tree/sglang/srt/layers"',
-        "{tree}/sglang/srt/layers/moe: not on the file system of {tree}/sglang",
+        "{tree}/sglang/srt/layers: not on the file system of {tree}/sglang",
     ),
 }
 

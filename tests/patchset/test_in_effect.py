@@ -85,9 +85,10 @@ def test_a_method_that_was_renamed(tree: Path, command: Command) -> None:
     assert f"{fix} " in command("status", tree).out
     change(file, "    def __init__(", "    def theirs(")
     out = command("status", tree).out
-    (line,) = (line for line in out.splitlines() if line.startswith(f"{fix} "))
-    assert "unknown" in line
-    assert "other changes in the place of the hunk" in line
+    lines = out.splitlines()
+    (number,) = (number for number, line in enumerate(lines) if line.startswith(f"{fix} "))
+    assert lines[number].endswith("unknown")
+    assert "other changes in the place of the hunk" in lines[number + 1]
 
 
 def test_a_class_that_is_defined_again(tree: Path, command: Command) -> None:

@@ -21,6 +21,7 @@ from sglang_patchset.survey import Presence
 from .conftest import Command, change, digest
 
 DSV4, HASH, DSA = "dsv4-expert-distribution", "hash-topk-dummy-weights", "dsa-index-sharing"
+EPLB = "eplb-double-mapping"  # without which the other one must not be
 TBO = "dsa-sharing-two-batch-overlap"  # needs DSA
 # No repository around the temporary directory may have a say.
 _ENVIRONMENT = {"PATH": os.environ["PATH"], "GIT_CEILING_DIRECTORIES": "/"}
@@ -100,7 +101,7 @@ def test_patches_applied_by_hand_are_recognised(tree: Path, tables: Catalog, com
     patch = patches.load(tables, tables.default).patch(DSV4)
     subprocess.run(["git", "apply", "-p2", patch.path], cwd=tree, check=True, env=_ENVIRONMENT)
     assert _states(command("status", tree).out)[DSV4] == "patched"
-    assert command("revert", tree, DSV4).code == 0
+    assert command("revert", tree, EPLB, DSV4).code == 0
     assert _states(command("status", tree).out)[DSV4] == "vulnerable"
 
 
@@ -116,7 +117,7 @@ def test_a_bug_that_nothing_is_carried_for(
     )
     fixes = {**tables.fixes, uncarried.name: uncarried}
     monkeypatch.setattr(catalog, "load", lambda: dataclasses.replace(tables, fixes=fixes))
-    refusal = command("apply", tree, DSV4, uncarried.name).refusal()
+    refusal = command("apply", tree, EPLB, DSV4, uncarried.name).refusal()
     assert "no patch of uncarried for SGLang 0.5.12: see `sglang-patchset list`" in refusal
     result = command("apply", tree)
     assert (result.code, result.err) == (0, "")
@@ -134,7 +135,7 @@ def _states(table: str) -> dict[str, str]:
 
 
 def test_an_edit_in_a_fix_s_place_makes_it_unknown(tree: Path, command: Command) -> None:
-    assert command("apply", tree, DSV4).code == 0
+    assert command("apply", tree, EPLB, DSV4).code == 0
     change(tree / HASH_TOPK, "self.score_func = scoring_func", "self.score_func = mine")
     states = _states(command("status", tree).out)
     assert {fix for fix, state in states.items() if state == "unknown"} == {HASH}
