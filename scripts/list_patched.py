@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes every patched wheel and lists its sha256 in `patches/<release>/patched.sha256`: ./scripts/list_patched.py [DIR]
+"""Makes every patched wheel and lists their sha256 in `patches/`: ./scripts/list_patched.py [DIR]
 
 The published wheels come from the directory DIR, or from pip's index.
 """

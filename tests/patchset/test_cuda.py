@@ -299,14 +299,15 @@ def test_evidence_has_the_table(tables: Catalog) -> None:
     assert evidence == pages.evidence(tables), "run scripts/write_docs.py"
 
 
-def test_every_result_is_of_a_red_and_a_green() -> None:
+def test_every_result_is_red_or_green_or_told(tables: Catalog) -> None:
+    """What did not come out as it should is on the page of evidence, and in no row."""
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    told = {(fix, release, tree) for fix, release, tree, _ in results.failed(tables)}
+    assert all(f"- `{fix}` on {release}, {tree}: " in page for fix, release, tree in told)
+    assert {(each.published, each.patched) for each in results.seen(tables)} == {("red", "green")}
     for path in (ROOT / "results").glob("gpu-*.json"):
-        rows: dict[tuple[str, str], dict[str, str]] = {}
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            rows.setdefault((cell["release"], cell["test"]), {})[cell["tree"]] = cell["outcome"]
-        for row, outcomes in rows.items():
-            red_and_green = {"published": Outcome.RED.value, "patched": Outcome.GREEN.value}
-            assert outcomes == red_and_green, (path, row)
+            assert cell["outcome"] in ("red", "green", "error"), path
 
 
 def test_slots_are_given_back_and_never_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

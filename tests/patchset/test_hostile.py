@@ -121,7 +121,7 @@ def test_a_patch_of_other_files(path: str, alone: bool, patches: Path, tree: Pat
     section = SECTION.format(path, "0" * 40)
     patch.write_text(f"Subject: x\n\n{section}" if alone else patch.read_text() + section)
     before = digest(tree)
-    refusal = command("apply", tree).refusal()
+    refusal = command("apply", tree, patch.stem).refusal()
     assert f"{patch}: not a patch of files under python/sglang/" in refusal
     assert digest(tree) == before
 
@@ -142,7 +142,7 @@ def test_a_patch_that_is_more_than_text(lines: str, patches: Path, tree: Path, c
     section = "diff --git a/python/sglang/x.py b/python/sglang/x.py\n" + lines.format("0" * 40)
     patch.write_text(patch.read_text() + section)
     before = digest(tree)
-    assert "not a patch of files under python/sglang/" in command("apply", tree).refusal()
+    assert "not a patch of files under python/sglang/" in command("apply", tree, patch.stem).refusal()
     assert digest(tree) == before
 
 

@@ -138,7 +138,7 @@ def test_a_release_that_nobody_has_looked_at(
     """Between `pin` and the first patch, nothing is claimed of the release."""
     shutil.rmtree(project / "patches" / "0.5.12.post1")
     table = project / "patches" / "fixes" / "hash-topk-dummy-weights.toml"
-    change(table, '">=0.5.12.post1,<=0.5.23"', '">=0.5.13,<=0.5.23"')
+    change(table, '">=0.5.12.post1,<=0.5.23" =', '">=0.5.13,<=0.5.23" =')
     out = from_copy(project, "pin", "0.5.12.post1", "--find-links", shelf).out
     assert "hash-topk-dummy-weights.toml: says nothing of 0.5.12.post1, whose series lacks it\n" in out
     wheel = wheels["0.5.12.post1"]

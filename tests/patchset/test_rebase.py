@@ -203,7 +203,9 @@ def test_what_is_in_already(
     checkout: Path, checkouts: Mapping[str, Path], wheels: Mapping[str, Path], project: Path
 ) -> None:
     """Without a word in its table, git tells: one fix reverse-applies, of another nothing is left."""
-    change(project / "patches" / "fixes" / f"{HASH}.toml", '">=0.5.12.post1,<=0.5.23"', '">=0.5.13,<=0.5.23"')
+    change(
+        project / "patches" / "fixes" / f"{HASH}.toml", '">=0.5.12.post1,<=0.5.23" =', '">=0.5.13,<=0.5.23" ='
+    )
     result = from_copy(project, "rebase", checkout, wheels["0.5.11"])
     assert result.code == 1
     assert outcomes(result.out)[HASH] == "dropped"
@@ -227,7 +229,9 @@ def test_nothing_is_left_of_a_fix(
     checkout: Path, checkouts: Mapping[str, Path], wheels: Mapping[str, Path], project: Path
 ) -> None:
     """Its context is another, so that it does not reverse-apply; the merge finds it."""
-    change(project / "patches" / "fixes" / f"{HASH}.toml", '">=0.5.12.post1,<=0.5.23"', '">=0.5.13,<=0.5.23"')
+    change(
+        project / "patches" / "fixes" / f"{HASH}.toml", '">=0.5.12.post1,<=0.5.23" =', '">=0.5.13,<=0.5.23" ='
+    )
     git(checkout, "reset", "--quiet", "--hard", "release/0.5.12")
     ours = "python/sglang/srt/models/deepseek_v4.py"
     upstream = git(checkouts[NEW], "show", f"release/{NEW}:{ours}").splitlines(keepends=True)

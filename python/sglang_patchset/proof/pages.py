@@ -71,6 +71,11 @@ def _evidence(catalog: Catalog) -> Iterator[str]:
             order = [str(version) for version in catalog.releases]
             yield f"- `{fix}` on {', '.join(sorted(releases, key=order.index))}"
         yield ""
+    if failed := results.failed(catalog):
+        yield "Run, and not as they should be; not repeated since:\n"
+        for fix, release, tree, words in failed:
+            yield f"- `{fix}` on {release}, {tree}: {' '.join(words.split())[:300]}"
+        yield ""
     figured = [*figures.sentences(catalog.clone()), *results.sentences(catalog)]
     if figured:
         yield "## What it costs, what it brings\n"

@@ -160,6 +160,22 @@ def gone(catalog: Catalog) -> list[Gone]:
     return lost
 
 
+def failed(catalog: Catalog) -> list[tuple[str, str, str, str]]:
+    """The newest outcome of each cell that is not what it should be: fix, release, tree, and what came."""
+    suites = _suites(catalog)
+    newest = {
+        _whose(cell): cell
+        for run in _files(catalog)
+        for cell in run["cells"]
+        if not _stale(catalog, suites, cell)
+    }
+    return [
+        (fix, release, tree, cell["detail"])
+        for (release, fix, _, tree), cell in sorted(newest.items())
+        if cell["outcome"] == Outcome.ERROR.value
+    ]
+
+
 def runs(catalog: Catalog) -> list[Mapping[str, Any]]:
     """The newest run on each kind of machine that has a row; as `seen` otherwise."""
     rows = {(each.on.rpartition(" x ")[2], each.date) for each in seen(catalog)}
@@ -233,7 +249,8 @@ def _rows(catalog: Catalog) -> tuple[list[Seen], list[Gone]]:
                 holding.setdefault(key, {})[cell["tree"]] = (run["date"], cell)
     rows = []
     for (release, test, on), trees in holding.items():
-        if trees.keys() == {tree.value for tree in Tree}:
+        outcomes = {tree: cell["outcome"] for tree, (_, cell) in trees.items()}
+        if outcomes == {Tree.PUBLISHED.value: Outcome.RED.value, Tree.PATCHED.value: Outcome.GREEN.value}:
             (_, published), (date, patched) = trees[Tree.PUBLISHED.value], trees[Tree.PATCHED.value]
             rows.append(
                 Seen(

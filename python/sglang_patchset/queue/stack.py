@@ -121,7 +121,7 @@ def opened(catalog: Catalog, directory: Path) -> Iterator[Stack]:
                     f"{_named(bare, commit)}: {fix} again, after {fixes[fix][:10]}: make one commit of them"
                 )
             fixes[fix] = commit
-        needs = {fix: _needed(catalog, fix, fixes.keys()) for fix in fixes}
+        needs = {fix: _needed(catalog, fix, release, fixes.keys()) for fix in fixes}
         yield Stack(release, tuple(_write(bare, base, head, list(fixes.items()), needs, Path(scratch))))
 
 
@@ -345,10 +345,14 @@ def _changes(before: dict[str, bytes], after: dict[str, bytes]) -> Iterator[tupl
         yield name.removesuffix(".patch"), change
 
 
-def _needed(catalog: Catalog, fix: str, carried: Set[str]) -> frozenset[str]:
-    """What has to come before a fix in a series that has these, whatever the present one has."""
-    direct = {need for need in catalog.fix(fix).needs if need in carried}
-    return frozenset(direct).union(*(_needed(catalog, need, carried) for need in direct))
+def _needed(catalog: Catalog, fix: str, release: Release, carried: Set[str]) -> frozenset[str]:
+    """What has to come before a fix in a series: what it needs, where upstream's code does not stand in."""
+    direct = {
+        need
+        for need in catalog.fix(fix).needs
+        if need in carried or catalog.fix(need).state(release.version) in (None, State.VULNERABLE)
+    }
+    return frozenset(direct).union(*(_needed(catalog, need, release, carried) for need in direct))
 
 
 def _reminders(catalog: Catalog, stack: Stack, changed: bool) -> Iterator[str]:
