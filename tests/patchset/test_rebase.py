@@ -19,6 +19,7 @@ from .conftest import Command, change, digest, edit, from_copy, git
 
 HASH, DSA, DSV4 = "hash-topk-dummy-weights", "dsa-index-sharing", "dsv4-expert-distribution"
 ROUTED, SWA = "routed-experts-dp-buffer", "swa-graph-padding"
+EPLB = "eplb-double-mapping"
 NEW = "0.5.12.post1"
 DEEPSEEK_V4 = "python/sglang/srt/models/deepseek_v4.py"
 
@@ -101,17 +102,19 @@ def test_to_the_next_release(
 
 
 def keep_merged(checkout: Path) -> tuple[str, ...]:
-    """Leave the five fixes in a checkout of 0.5.12 that 0.5.13 has."""
-    kept = (HASH, DSA, DSV4, ROUTED, SWA)
+    """Leave the six fixes in a checkout of 0.5.12 that 0.5.13 has, in part or all."""
+    kept = (HASH, DSA, EPLB, DSV4, ROUTED, SWA)
     trailer = "--format=%H %(trailers:key=Patchset-Fix,valueonly,separator=)"
-    commits = [line.split() for line in git(checkout, "log", trailer, "release/0.5.12..").splitlines()]
-    last = next(commit for commit, fix in commits if fix == kept[-1])
-    git(checkout, "reset", "--quiet", "--hard", last)
+    lines = git(checkout, "log", "--reverse", trailer, "release/0.5.12..").splitlines()
+    git(checkout, "reset", "--quiet", "--hard", "release/0.5.12")
+    for commit, fix in map(str.split, lines):
+        if fix in kept:
+            git(checkout, "cherry-pick", commit)
     return kept
 
 
 def test_everything_is_in_already(checkout: Path, wheels: Mapping[str, Path], project: Path) -> None:
-    """0.5.13 has these five, and nothing of ours is carried."""
+    """0.5.13 has these six, and nothing of ours is carried."""
     fixes = keep_merged(checkout)
     result = from_copy(project, "rebase", checkout, wheels["0.5.13"])
     assert (result.code, outcomes(result.out)) == (0, dict.fromkeys(fixes, "dropped"))

@@ -138,7 +138,7 @@ def test_nobody_s_configuration_changes_a_byte(
         file.write(configuration)
     (checkout / ".git" / "info" / "attributes").write_text("*.py -diff diff=mine\n")
     git(checkout, "notes", "add", "--message", "a note", "HEAD")
-    for file in (project / "patches" / "0.5.12").iterdir():
+    for file in (project / "patches" / "0.5.12").glob("*.patch"):
         file.unlink()
     (project / "patches" / "0.5.12" / "series").write_text("")
     result = from_copy(project, "refresh", checkout)
@@ -150,7 +150,7 @@ def test_nobody_s_configuration_changes_a_byte(
 def test_amend(checkout: Path, project: Path) -> None:
     """A word in one message, a line in one patch; the patch after it in the same file has other blob ids."""
     before = {path.name: path.read_bytes() for path in (project / "patches" / "0.5.12").iterdir()}
-    rebase(checkout, "sed -i -e '1s/^pick/edit/' -e '4s/^pick/edit/'")
+    rebase(checkout, "sed -i -e '1s/^pick/edit/' -e '6s/^pick/edit/'")
     edit(checkout / HASH_TOPK, "# amended")
     git(checkout, "commit", "--quiet", "--all", "--amend", "--no-edit")
     git(checkout, "rebase", "--continue")
@@ -198,7 +198,7 @@ def test_reorder(checkout: Path, project: Path) -> None:
 
 
 def test_drop_and_add(checkout: Path, project: Path) -> None:
-    rebase(checkout, "sed -i -e 3d")
+    rebase(checkout, "sed -i -e 5d")
     add_to_catalogue(project, "mine")
     commit(checkout, ROUTED_EXPERTS, message("mine"))
     result = from_copy(project, "refresh", checkout)
@@ -324,11 +324,11 @@ def test_repositories_that_checkout_did_not_make(
         command("refresh", checkout).refusal()
     )
     before = digest(project / "patches")
-    (project / "patches" / "0.5.12" / "notes.txt").write_text("mine")
+    (project / "patches" / "0.5.12" / "notes.patch").write_text("mine")
     other = copy(checkouts["0.5.12"], tmp_path / "other")
     words = f"move it away, or add it to {project / 'patches' / '0.5.12' / 'series'}"
-    assert f"notes.txt: not in the series: {words}" in from_copy(project, "refresh", other).refusal()
-    (project / "patches" / "0.5.12" / "notes.txt").unlink()
+    assert f"notes.patch: not in the series: {words}" in from_copy(project, "refresh", other).refusal()
+    (project / "patches" / "0.5.12" / "notes.patch").unlink()
     assert digest(project / "patches") == before
 
 

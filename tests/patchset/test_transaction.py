@@ -25,6 +25,13 @@ RECORD = "sglang-0.5.12.dist-info/RECORD"
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
 
 
+@pytest.fixture
+def tree(tree: Path, command: Command) -> Path:
+    """With what the fix needs in it already."""
+    assert command("apply", tree, EPLB).code == 0
+    return tree
+
+
 def interrupt(tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Let an `apply` end, as where it is killed, after it has put this many of its five files in place."""
     replaced: list[str] = []
@@ -42,7 +49,7 @@ def interrupt(tree: Path, command: Command, monkeypatch: pytest.MonkeyPatch, cou
     with monkeypatch.context() as patched:
         patched.setattr(transaction._Step, "replace", stop)
         patched.setattr(transaction.Transaction, "_forget", stop_at_the_end)
-        assert command("apply", tree, EPLB, DSV4).code == 130
+        assert command("apply", tree, DSV4).code == 130
     assert transaction.interrupted(tree / "sglang")
 
 
@@ -54,7 +61,7 @@ def test_an_edit_after_the_interruption_stays(
     """Of the old file or of the new one: the others follow it, and what the run was to do can be done."""
     expected = link(tree, tmp_path / "expected")
     if verb == "apply":
-        assert command("apply", expected, EPLB, DSV4).code == 0
+        assert command("apply", expected, DSV4).code == 0
     interrupt(tree, command, monkeypatch, count)
     edit(tree / HASH_TOPK, "# mine")
     assert command(verb, tree, DSV4).code == 0
@@ -77,7 +84,7 @@ def test_edits_of_an_old_and_of_a_new_file(
         assert f"{tree / HASH_TOPK}: edited after a run was interrupted: save it, `cp " in refusal
         assert digest(tree) == before
     subprocess.run(["bash", "-c", refusal.split("`")[1]], check=True)
-    assert command("apply", tree, EPLB, DSV4).code == 0
+    assert command("apply", tree, DSV4).code == 0
     assert (tree / DEEPSEEK).read_text().endswith("# mine\n")
 
 
@@ -127,12 +134,12 @@ def test_an_edit_just_after_the_commit(
             edit(tree / HASH_TOPK, "# mine")
 
     monkeypatch.setattr(Directory, "move", interfere)
-    refusal = command("apply", tree, EPLB, DSV4).refusal()
+    refusal = command("apply", tree, DSV4).refusal()
     assert f"{tree / HASH_TOPK}: changed while this run was at work: run it again" in refusal
     monkeypatch.undo()
     assert not transaction.interrupted(tree / "sglang")
-    assert command("apply", tree, EPLB, DSV4).code == 0
-    assert command("revert", tree, EPLB, DSV4).code == 0
+    assert command("apply", tree, DSV4).code == 0
+    assert command("revert", tree, DSV4).code == 0
     assert (tree / HASH_TOPK).read_text().endswith("# mine\n")
 
 
@@ -147,7 +154,7 @@ def test_what_cannot_be_removed_is_no_failure(
         unlink(path, **options)
 
     monkeypatch.setattr(os, "unlink", refuse)
-    result = command("apply", tree, EPLB, DSV4)
+    result = command("apply", tree, DSV4)
     directory = tree / "sglang" / ".patchset-transaction"
     assert result.code == 0
     assert f"applied {DSV4}" in result.out
@@ -155,7 +162,7 @@ def test_what_cannot_be_removed_is_no_failure(
         f"{directory}: done, but it cannot be removed (Device or resource busy): the next run" in result.err
     )
     monkeypatch.undo()
-    assert command("apply", tree, EPLB, DSV4).out.endswith("nothing to do\n")
+    assert command("apply", tree, DSV4).out.endswith("nothing to do\n")
     assert not directory.exists()
 
 
@@ -173,7 +180,7 @@ def test_a_status_that_cannot_be_told_is_no_failure(
         raise PatchsetError("/tmp: cannot be written to (No space left on device)")
 
     monkeypatch.setattr(transaction.Transaction, "commit", then_nothing)
-    result = command("apply", tree, EPLB, DSV4)
+    result = command("apply", tree, DSV4)
     assert result.code == 0
     assert f"applied {DSV4}: restart" in result.out
     assert "done, but its status cannot be told: /tmp: cannot be written to" in result.err

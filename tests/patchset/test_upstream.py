@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
+from sglang_patchset.catalog import Catalog
 from sglang_patchset.patches import Series
 
 from .conftest import Command, git
+from .test_wheels import rest
 
 
 def test_one_commit_for_each_fix(
-    series: Series, wheels: Mapping[str, Path], command: Command, tmp_path: Path
+    series: Series, wheels: Mapping[str, Path], command: Command, tables: Catalog, tmp_path: Path
 ) -> None:
     release = str(series.release.version)
     checkout = tmp_path / "checkout"
@@ -23,18 +26,21 @@ def test_one_commit_for_each_fix(
     base = f"release/{release}"
     assert git(checkout, "rev-list", "--max-parents=0", "HEAD") == git(checkout, "rev-parse", base)
     assert series.release.wheels[wheels[release].name] in git(checkout, "show", "--no-patch", base)
-    assert command("status", checkout).code == 0
+    assert command("status", checkout).code == rest(tables, release)
 
     trailer = "--format=%(trailers:key=Patchset-Fix,valueonly)"
     assert git(checkout, "log", "--reverse", trailer, f"{base}..").split() == [
         patch.fix for patch in series.patches
     ]
-    # The series is what format-patch writes of these commits.
+    # The series is what format-patch writes of these commits, but for what heads a hunk.
     options = ("--zero-commit", "--no-signature", "--full-index", "--stdout", "-1")
     commits = git(checkout, "rev-list", "--reverse", f"{base}..").split()
     for commit, patch in zip(commits, series.patches, strict=True):
         written = git(checkout, "format-patch", *options, commit)
-        assert written.rstrip("\n") == patch.path.read_text().rstrip("\n")
+        texts = [
+            re.sub(r"(?m)^(@@ -[0-9, +]+ @@).*$", r"\1", each) for each in (written, patch.path.read_text())
+        ]
+        assert texts[0].rstrip("\n") == texts[1].rstrip("\n")
 
     # The base is the wheel's package, without what a build makes; the working tree runs with that.
     listed = set(git(checkout, "ls-tree", "-r", "-z", "--name-only", base).rstrip("\0").split("\0"))

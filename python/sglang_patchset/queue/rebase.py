@@ -86,7 +86,9 @@ def rebase(catalog: Catalog, directory: Path, name: str, find_links: Path | None
 def _dropped(catalog: Catalog, mail: Mail, release: Release, directory: Path) -> str:
     """Why a fix is not carried; empty where it is."""
     cell = catalog.fix(mail.fix).cell(release.version)
-    if cell and not cell.patch and cell.state is not State.VULNERABLE:
+    # What upstream fixed in part may need a patch; where a series is there, somebody has decided.
+    decided = (State.UPSTREAM, State.NOT_AFFECTED, *([State.IN_PART] if release.fixes else []))
+    if cell and not cell.patch and cell.state in decided:
         return f"{cell.state.words} in {release.version}, as patches/fixes/{mail.fix}.toml says"
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}

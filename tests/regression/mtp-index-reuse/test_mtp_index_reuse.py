@@ -58,7 +58,7 @@ try:  # since 0.5.14
 except ImportError:
     EagerRunner = None
 
-register_cpu_ci(est_time=20, suite="base-a-test-cpu")
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
 HIDDEN_SIZE = 8
 NUM_HEADS = 2
