@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from sglang_patchset import git, patches, receipt, releases, survey, transaction
 from sglang_patchset.catalog import Catalog, Cell, Fix, Release, State, published_version
+from sglang_patchset.errors import PatchsetError
 from sglang_patchset.receipt import Receipt
 from sglang_patchset.survey import Presence, Survey
 from sglang_patchset.targets import Package, Reader, Target
@@ -147,7 +148,12 @@ def _by_bytes(catalog: Catalog, fix: Fix, found: Survey, applied: Receipt | None
     if cell is None:
         return _unknown(fix, f"nothing is known of it in {release}")
     if not cell.patch:
-        if cell.state in _NOT_WANTED and (reason := _contradiction(catalog, fix, release, cell.state, read)):
+        # The release's own files are what it says, whatever our other patches have made of them since.
+        own = {path for path, state in found.files.items() if not state.foreign and not state.problem}
+        plain = functools.partial(_without_ours, found, read)
+        if cell.state in _NOT_WANTED and (
+            reason := _contradiction(catalog, fix, release, cell.state, plain, own)
+        ):
             return _unknown(fix, f"SGLang {release} {_NOT_WANTED[cell.state]}, but {reason}")
         return FixStatus(fix.name, _FROM_TABLE[cell.state], _remark(cell), fix)
     patch = found.series.patch(fix.name)
@@ -193,8 +199,29 @@ def _by_version(catalog: Catalog, fix: Fix, version: Version | None, read: Reade
     return _unknown(fix, reason)
 
 
-def _contradiction(catalog: Catalog, fix: Fix, version: Version, state: State, read: Reader) -> str:
-    """What in the files says that they are none of a release in which the fix is not wanted."""
+def _without_ours(found: Survey, read: Reader, path: str) -> bytes | None:
+    """A file without the fixes of the release's series, as far as they can be taken out of it."""
+    state = found.files.get(path)
+    if state is None or not state.applied:
+        return read(path)
+    try:
+        return survey.rewrite(found, {path: frozenset()})[path]
+    except PatchsetError:
+        return state.content
+
+
+def _contradiction(
+    catalog: Catalog,
+    fix: Fix,
+    version: Version,
+    state: State,
+    read: Reader,
+    own: Collection[str] = (),
+) -> str:
+    """What in the files says that they are none of a release in which the fix is not wanted.
+
+    Of those in `own` it is known that they are that release's.
+    """
     if state is State.NOT_AFFECTED:
         there = (path for path in fix.code if read(path) is not None)
         return next((f"{path}, without which it cannot be, is there" for path in there), "")
@@ -203,7 +230,7 @@ def _contradiction(catalog: Catalog, fix: Fix, version: Version, state: State, r
         series = patches.load(catalog, release)
         patch = series.patch(fix.name)
         for path in patch.files if patch else ():
-            content = read(path)
+            content = None if path in own else read(path)
             if content is None or not patch:
                 continue
             if git.blob_id(content) == series.published_id(path):
@@ -213,6 +240,8 @@ def _contradiction(catalog: Catalog, fix: Fix, version: Version, state: State, r
     if not any(lines.values()):
         return "nobody has looked at how upstream did it there"
     for path, wanted in lines.items():
+        if path in own:
+            continue
         content = read(path)
         if wanted and content is None:
             return f"{path} is missing"
