@@ -25,6 +25,7 @@ from .conftest import Command, change, digest, edit, link
 from .faults import Fault, disk_full_from, killed_at, noted_in, refused_at, stumble
 
 DSV4, HASH = "dsv4-expert-distribution", "hash-topk-dummy-weights"
+EPLB = "eplb-double-mapping"  # without which DSV4 must not be
 HASH_TOPK = "sglang/srt/layers/moe/hash_topk.py"
 INFO = "sglang-0.5.12.dist-info"
 TOLD = (HASH_TOPK, "/RECORD", "/_patchset.json")
@@ -68,7 +69,7 @@ def layout(request: pytest.FixtureRequest, unpacked: Mapping[str, Path], tmp_pat
 
 @pytest.fixture(params=["apply", "revert"])
 def scene(request: pytest.FixtureRequest, layout: Path, command: Command, tmp_path: Path) -> Scene:
-    fixes = (DSV4, HASH)
+    fixes = (EPLB, DSV4, HASH)
     other = link(layout, tmp_path / "other")
     assert command("apply", other, *fixes).code == 0
     ends = {"apply": other, "revert": layout}
