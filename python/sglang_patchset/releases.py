@@ -28,9 +28,6 @@ from sglang_patchset.errors import PatchsetError
 # a malformed RECORD is a ValueError, a missing member a KeyError.
 _DAMAGES = (BadZipFile, zlib.error, csv.Error, EOFError, MemoryError, RuntimeError, ValueError, KeyError)
 
-# What a wheel may unpack to; SGLang's are below 50 MB.
-_LARGEST = 512 << 20
-
 _UNREACHED = re.compile(r"Could not fetch URL (\S+): (.+?)(?: for url: \S+)? - skipping")
 
 
@@ -153,8 +150,8 @@ def _check_members(wheel: Path, members: Sequence[ZipInfo]) -> None:
         if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
             raise BadZipFile(f"{name} is compressed as no wheel is")
     # zipfile reads no more of a member than is declared.
-    if sum(member.file_size for member in members) > _LARGEST:
-        raise PatchsetError(f"{wheel}: has more than {_LARGEST >> 20} MB in it: download it again")
+    if sum(member.file_size for member in members) > files.WHEEL:
+        raise PatchsetError(f"{wheel}: has more than {files.WHEEL >> 20} MB in it: download it again")
 
 
 def _check_sha256(wheel: Path, release: Release) -> None:

@@ -121,7 +121,7 @@ def lacks(content: bytes, patch: Patch, path: str) -> bool:
 
 def has(content: bytes, line: str) -> bool:
     """Whether a line is in a file, whatever its indentation."""
-    return bool(re.search(rb"(?m)^[ \t]*" + re.escape(line.encode()) + rb"[ \t]*\r?$", content))
+    return _found(content, line) is not None
 
 
 def repeated(content: bytes, line: str) -> str:
@@ -129,10 +129,14 @@ def repeated(content: bytes, line: str) -> str:
 
     The first one is not what runs. Upstream's own files have such pairs elsewhere.
     """
-    place = re.search(rb"(?m)^[ \t]*" + re.escape(line.encode()) + rb"[ \t]*\r?$", content)
+    place = _found(content, line)
     top = re.compile(rb"^(?:class|def|async def) (\w+)", re.MULTILINE)
     around = top.findall(content, 0, place.start())[-1:] if place else []
     return next((name.decode() for name in around if top.findall(content).count(name) > 1), "")
+
+
+def _found(content: bytes, line: str) -> re.Match[bytes] | None:
+    return re.search(rb"(?m)^[ \t]*" + re.escape(line.encode()) + rb"[ \t]*\r?$", content)
 
 
 def _check_way_back(found: Survey, contents: Mapping[str, bytes], wanted: Mapping[str, Set[str]]) -> None:
